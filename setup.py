@@ -1,0 +1,45 @@
+"""Package metadata of mmscale; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mmscale/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+
+setup(
+    name="mmscale",
+    version=VERSION,
+    description="Pretrain contrastive-plus-captioning vision-language models on sharded image-text streams",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mmscale", "mmscale.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
+        "transformers>=5.17",
+        "safetensors",
+        "sentencepiece",
+        "protobuf",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "braceexpand",
+        "webdataset",
+        "fsspec",
+        "psutil",
+        "matplotlib",
+    ],
+    extras_require={
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+    entry_points={"console_scripts": ["mmscale = mmscale.cli:main"]},
+)
