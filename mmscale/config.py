@@ -6,7 +6,7 @@ Durations are counted in samples, so that a schedule means the same on any numbe
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -206,7 +206,9 @@ def validate(raw: dict, schema: type[Section] = Config, where: str = "config") -
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(detail, schema, where) for detail in error.errors()[:5])) from None
+        # A misspelt key comes before what is missing because of it.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise UserError("; ".join(_explain(detail, schema, where) for detail in details[:5])) from None
 
 
 class _ConfigLoader(yaml.SafeLoader):
@@ -263,8 +265,9 @@ def _nearest(location: list[str], schema: type[Section]) -> str:
     """A hint that names the valid key nearest to an unknown one: in its own section first, then anywhere."""
     section: Any = schema
     for part in location[:-1]:
-        section = _section_of(section.model_fields[part].annotation) if section else None
-    siblings = {name: ".".join([*location[:-1], name]) for name in (section.model_fields if section else {})}
+        if not part.isdigit():  # a place in a list, which is still of the section before it
+            section = _section_of(section.model_fields[part].annotation)
+    siblings = {name: ".".join([*location[:-1], name]) for name in section.model_fields}
     everywhere = {key.rpartition(".")[2]: key for key in all_keys(schema)}
     leaf = location[-1]
     for candidates in (siblings, everywhere):
@@ -274,7 +277,7 @@ def _nearest(location: list[str], schema: type[Section]) -> str:
         match = match or next(iter(difflib.get_close_matches(leaf, candidates, n=1)), None)
         if match:
             return f"; did you mean `{candidates[match]}`?"
-    return f"; valid here: {', '.join(siblings)}" if siblings else ""
+    return f"; valid here: {', '.join(siblings)}"
 
 
 def all_keys(schema: type[Section] = Config, prefix: str = "") -> list[str]:
@@ -287,11 +290,10 @@ def all_keys(schema: type[Section] = Config, prefix: str = "") -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: itself, optional, or as the items of a list; None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    if get_origin(annotation) in (Union, type(int | str)):
-        return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
-    return None
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
 
 
 def _one_line(error: Exception) -> str:

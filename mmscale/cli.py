@@ -1,0 +1,124 @@
+"""The command line: each verb reads its arguments, imports what it needs, and calls one function.
+
+Exit codes: 0 success, 2 bad input (one line says what, where and what to do), 75 preempted after a saved checkpoint.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from mmscale import __version__
+from mmscale.errors import UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers bad arguments with one line, as every other bad input is answered."""
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one verb and leaves the process with its exit code."""
+    args = _build_parser().parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        code = args.run(args)
+    except UserError as error:
+        rank = os.environ.get("RANK")
+        where = f" [rank {rank}]" if rank else ""
+        print(f"mmscale {args.verb}: error{where}: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mmscale",
+        description="Pretrain contrastive-plus-captioning vision-language models on sharded image-text streams.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: mmscale train configs/toy.yaml optim.lr=5e-4",
+    )
+    parser.add_argument("--version", action="version", version=f"mmscale {__version__}")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it here
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in _VERBS:
+        add(verbs)
+    return parser
+
+
+def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int | None], about: str, example: str):
+    parser = verbs.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_toy(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.data.toy import make_toy
+
+        make_toy(args.out, samples=args.samples, shards=args.shards, seed=args.seed)
+
+    parser = _verb(
+        verbs, "toy", run, "draw learnable toy shards", "mmscale toy data/toy --samples 4096 --shards 8 --seed 0"
+    )
+    parser.add_argument("out", help="folder to write; must be empty or not there")
+    parser.add_argument("--samples", type=int, default=4096, help="training pairs (default: %(default)s)")
+    parser.add_argument("--shards", type=int, default=8, help="training shards (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_tokenizer(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.data.tokenizer import train_tokenizer
+
+        train_tokenizer(args.shards, args.out, args.vocab_size)
+
+    parser = _verb(
+        verbs,
+        "tokenizer",
+        run,
+        "train a SentencePiece model on the captions of shards",
+        "mmscale tokenizer 'data/toy/train-*.tar' data/tokenizer.model --vocab-size 320",
+    )
+    parser.add_argument("shards", help="path, glob, braces or @list.txt")
+    parser.add_argument("out", help="the model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True)
+
+
+def _add_train(verbs) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from mmscale.config import load_config
+        from mmscale.train.trainer import train
+
+        return train(load_config(args.config, args.overrides), check=args.check)
+
+    parser = _verb(
+        verbs,
+        "train",
+        run,
+        "train; goes on by itself when run.dir holds a checkpoint",
+        "deepspeed --num_accelerators 2 --module mmscale train configs/toy.yaml train.samples=8192",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+    parser.add_argument("--check", action="store_true", help="build everything, run one step, write nothing")
+
+
+_VERBS = [_add_toy, _add_tokenizer, _add_train]
