@@ -81,10 +81,12 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
 
 def test_the_keys_that_others_rely_on_are_there():
     fixed = """
-        run.dir run.seed run.save_every run.keep_last data.train data.val data.sources data.workers data.decode
-        data.cache_dir data.max_bad_fraction tokenizer.path model.preset objective.contrastive objective.contrastive_weight
-        objective.caption_weight optim.lr optim.weight_decay optim.warmup_samples train.samples train.global_batch
-        train.micro_batch train.precision train.zero_stage train.grad_clip train.freeze eval.every log.every log.wandb
+        run.dir run.seed run.save_every run.keep_last
+        data.train data.val data.sources data.workers data.decode data.cache_dir data.max_bad_fraction
+        tokenizer.path model.preset objective.contrastive objective.contrastive_weight objective.caption_weight
+        optim.lr optim.weight_decay optim.warmup_samples
+        train.samples train.global_batch train.micro_batch train.precision train.zero_stage train.grad_clip train.freeze
+        eval.every log.every log.wandb
     """
     sections = {key.rpartition(".")[0] for key in all_keys()}
     assert set(fixed.split()) <= set(all_keys()) | sections
