@@ -7,7 +7,8 @@ attributes, and no two scenes share a caption, so that a generated caption is ri
 A hash of (seed, scene) says to which split a scene belongs, so that no scene, hence no picture, of `val` is ever
 trained on, whatever the numbers of samples. About a quarter of all scenes belong to `val`.
 
-The shards are laid out as img2dataset writes them: `KEY.jpg`, `KEY.txt` (one of the captions) and `KEY.json`, which holds
+The shards are laid out as img2dataset writes them: `KEY.jpg`, `KEY.txt` (one of the captions) and `KEY.json`,
+which holds
     captions    all phrasings of the scene
     class_name  the shape, in pictures of one group only: these are the ones that zero-shot classification uses
     relation    `above` or `left of` (first group to second), or the half in which a single group lies
@@ -82,13 +83,14 @@ class Scene:
     def captions(self) -> list[str]:
         """All phrasings; each of them belongs to this scene only."""
         first = self.groups[0]
+        there = "there is" if first.count == 1 else "there are"
         if len(self.groups) == 1:
             statement = f"{first} {self.relation}"
-            last = f"{self.relation} there {first.count == 1 and 'is' or 'are'} {first}"
+            last = f"{self.relation} {there} {first}"
         else:
             statement = f"{first} {self.relation} {self.groups[1]}"
             last = f"{self.groups[1]} {INVERSE[self.relation]} {first}"
-        return [statement, f"a picture of {statement}", f"there {first.count == 1 and 'is' or 'are'} {statement}", last]
+        return [statement, f"a picture of {statement}", f"{there} {statement}", last]
 
     def split(self, seed: int) -> str:
         """`train` or `val`: a function of the scene and the seed alone."""
@@ -132,10 +134,10 @@ def make_toy(
 ) -> dict[str, int]:
     """Writes `train-%05d.tar` and `val-%05d.tar` into `out`; the same arguments give the same bytes.
 
-    `val` comes on top of `samples`; its scenes are half of one group and half of two, and all distinct as long as there
-    are enough of one group (about 288 of 1,152; a larger `val` draws some of them again). `progress` is called with the
-    number of samples written so far. Returns the number of samples of each split. Raises UserError when a number is out of
-    range or `out` holds something already.
+    `val` comes on top of `samples`; its scenes are half of one group and half of two, and all distinct as long as
+    there are enough of one group (about 288 of 1,152; a larger `val` draws some of them again). `progress` is called
+    with the number of samples written so far. Returns the number of samples of each split. Raises UserError when a
+    number is out of range or `out` holds something already.
     """
     if shards < 1 or samples < shards:
         raise UserError(f"--samples {samples} --shards {shards}: every shard needs at least one sample")
