@@ -151,7 +151,11 @@ class EvalConfig(Section):
     batch: PositiveInt = 64
     samples: PositiveInt | None = Field(None, description="of the val split, the first so many; all when unset")
     classnames: str | None = Field(None, description="text file, one name a line; from the shards' JSON when unset")
-    templates: str | None = Field(None, description="text file, one template a line, `{}` for the name")
+    templates: Paths | None = Field(None, description="text file, one a line, or a list; `{}` for the class name")
+    distinct_pairs: PositiveInt | None = Field(
+        None, description="retrieval among the first so many pairs that share no caption; among all pairs when unset"
+    )
+    all_captions: bool = Field(False, description="retrieval with every caption of a picture, not just the first")
 
 
 class LogConfig(Section):

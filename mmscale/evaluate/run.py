@@ -1,0 +1,99 @@
+"""One pass over a split that feeds every task at once.
+
+Each picture is encoded once, whatever the number of tasks. Every sample of the split counts once over all ranks, and
+all ranks make the same forwards (a short rank's missing batches are dummies), which ZeRO-3 needs to gather its weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mmscale.config import EvalConfig
+from mmscale.data.loader import EvalSet
+from mmscale.data.tokenizer import Tokenizer
+from mmscale.errors import UserError
+from mmscale.evaluate.captioning import Captioning
+from mmscale.evaluate.encoding import model_device
+from mmscale.evaluate.ranks import sum_over_ranks
+from mmscale.evaluate.retrieval import Retrieval
+from mmscale.evaluate.zeroshot import ZeroShot
+from mmscale.model.modeling_mmscale import MMScaleModel
+
+TASKS = {"zeroshot": ZeroShot, "retrieval": Retrieval, "caption": Captioning}
+
+
+@dataclass
+class Evaluation:
+    """The scores, flat (`retrieval_image_to_text_r1`, ...) and equal on every rank, and the tasks behind them."""
+
+    scores: dict[str, float]
+    tasks: dict[str, ZeroShot | Retrieval | Captioning]
+
+
+def evaluate(
+    model: MMScaleModel,
+    tokenizer: Tokenizer,
+    eval_set: EvalSet,
+    tasks: Sequence[str] | None = None,
+    config: EvalConfig | None = None,
+    autocast: torch.dtype | None = None,
+) -> dict[str, float]:
+    """The scores alone, as the training loop logs them. Takes what `run_evaluation` takes."""
+    return run_evaluation(model, tokenizer, eval_set, tasks, config, autocast).scores
+
+
+@torch.no_grad()
+def run_evaluation(
+    model: MMScaleModel,
+    tokenizer: Tokenizer,
+    eval_set: EvalSet,
+    tasks: Sequence[str] | None = None,
+    config: EvalConfig | None = None,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Scores a model on a split. Collective: all ranks call it with the same tasks and settings.
+
+    Args:
+        tasks: of `zeroshot`, `retrieval`, `caption`. When unset those of `config` that model and data allow: captioning
+            needs a decoder, zero-shot classification needs samples with a class.
+        autocast: compute in this dtype where PyTorch's autocast allows; None computes in the weights' own.
+
+    Raises:
+        UserError: a task that was asked for cannot be done; the split holds no good sample.
+    """
+    config = config or EvalConfig()
+    names = tasks or [
+        name for name in config.tasks if name != "caption" or model.config.decoder_config.num_hidden_layers
+    ]
+    running = {name: TASKS[name](model, tokenizer, config) for name in names}
+    device = model_device(model)
+    num_samples = torch.zeros((), dtype=torch.long, device=device)
+    with _evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for batch in eval_set:
+            num_samples += int(batch.valid.sum())
+            pixel_values = batch.pixel_values.to(device, non_blocking=True)
+            image_embeds = model.encode_image(pixel_values)[0].float()
+            for task in running.values():
+                task.add(batch, pixel_values, image_embeds)
+        if not sum_over_ranks(num_samples):
+            raise UserError("the evaluation split holds no good sample")
+        scores = {"num_samples": int(num_samples)}
+        for name, task in running.items():
+            found = task.finish()
+            if not found and tasks:
+                raise UserError(f"no sample of the split can be scored by `{name}`: their JSON holds no class")
+            scores |= found
+    return Evaluation(scores, running)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; the mode of before comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
