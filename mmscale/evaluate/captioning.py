@@ -35,7 +35,7 @@ class Captioning:
     """
 
     def __init__(self, model: MMScaleModel, tokenizer: Tokenizer, config: EvalConfig):
-        if not model.config.decoder_config.num_hidden_layers:
+        if not model.config.decoder_config.layers:
             raise UserError("this model has no decoder, so it cannot write captions: leave the task `caption` out")
         self.model, self.tokenizer = model, tokenizer
         self.captions: list[Caption] = []

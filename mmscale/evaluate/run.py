@@ -65,7 +65,7 @@ def run_evaluation(
     """
     config = config or EvalConfig()
     names = tasks or [
-        name for name in config.tasks if name != "caption" or model.config.decoder_config.num_hidden_layers
+        name for name in config.tasks if name != "caption" or model.config.decoder_config.layers
     ]
     running = {name: TASKS[name](model, tokenizer, config) for name in names}
     device = model_device(model)
