@@ -1,0 +1,108 @@
+"""Writing captions through Transformers' `generate`.
+
+One cache spans the text tower and the decoder. Pictures are encoded once, their keys and values are computed once, and
+both are kept outside the tensors that beam search repeats: the beams of a picture share them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+
+@dataclass
+class Pictures:
+    """What decoding needs of the pictures: every decoder layer's keys and values, [pictures, heads, tokens, head width]."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+
+    @property
+    def count(self) -> int:
+        return self.keys_values[0][0].shape[0]
+
+
+class CaptionGenerationMixin:
+    """`generate` and what Transformers' `GenerationMixin` asks of a model."""
+
+    def generate(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs) -> Tensor:
+        """Captions for pictures.
+
+        Args:
+            input_ids: prompts [pictures, length] that the captions go on from, left-padded with an `attention_mask`
+                where lengths differ; the start token alone when None. One prompt may serve all pictures.
+            pixel_values: [pictures, 3, height, width].
+            kwargs: as for Transformers' `generate` (num_beams, do_sample, top_p, max_new_tokens, ...). Without a
+                length, captions may fill the context.
+
+        Returns:
+            Token ids [pictures, length] with the prompt, the start and the end token.
+        """
+        input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        if pixel_values is None:
+            raise ValueError("generate needs pixel_values: it writes captions for pictures")
+        pictures = self.encode_pictures(pixel_values)
+        start = torch.full((1, 1), self.config.bos_token_id, device=pixel_values.device)
+        input_ids = start if input_ids is None else input_ids
+        if input_ids.shape[0] == 1:
+            input_ids = input_ids.expand(pictures.count, -1)
+        context = self.config.text_config.context_length
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("max_new_tokens") is None and config.max_new_tokens is None:
+            kwargs.setdefault("max_length", min(config.max_length or context, context))
+        elif input_ids.shape[1] + (kwargs.get("max_new_tokens") or config.max_new_tokens) > context:
+            raise ValueError(
+                f"max_new_tokens: a prompt of {input_ids.shape[1]} tokens leaves room for "
+                f"{context - input_ids.shape[1]} more in a context of {context}"
+            )
+        if kwargs.get("use_cache", config.use_cache) is not False:
+            kwargs.setdefault("past_key_values", DynamicCache())
+        return super().generate(input_ids, pictures=pictures, **kwargs)
+
+    @torch.no_grad()
+    def encode_pictures(self, pixel_values: Tensor) -> Pictures:
+        """Runs the image tower and every decoder layer's picture projections, once."""
+        decoder = self._require_decoder()
+        _, image_tokens = self.vision(pixel_values, embed=False)
+        return Pictures(decoder.keys_values(image_tokens))
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> dict:
+        """The tokens that the cache does not hold yet, and the mask over all of them."""
+        if past_key_values is not None:
+            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pictures": kwargs["pictures"],
+            "past_key_values": past_key_values,
+            "logits_to_keep": 1,
+        }
+
+    def _generation_step(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pictures: Pictures,
+        past_key_values: Cache | None,
+        logits_to_keep: int,
+    ) -> Tensor:
+        """Logits for the tokens in `input_ids`, which stand behind those in the cache. CLS is left out."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = input_ids.shape[1]
+        positions = torch.arange(past, past + length, device=input_ids.device)
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            # Left-padded prompts: positions count real tokens, and pads are seen by themselves only, for want of
+            # anything else (a row of attention that sees nothing is not a number).
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+            total = past + length
+            causal = torch.ones(length, total, dtype=torch.bool, device=input_ids.device).tril(past)
+            itself = torch.eye(length, total, dtype=torch.bool, device=input_ids.device).roll(past, 1)
+            mask = (causal & attention_mask.bool()[:, None, None, :]) | itself
+        _, states = self.text(input_ids, positions=positions, mask=mask, past_key_values=past_key_values)
+        hidden = self._require_decoder()(
+            states, None, keys_values=pictures.keys_values, mask=mask, past_key_values=past_key_values
+        )
+        return self.decoder.head(hidden[:, -logits_to_keep:])
