@@ -1,0 +1,254 @@
+"""DeepSpeed's engine, set up without compiling anything and made to behave alike in every ZeRO stage."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmscale.config import Config, TrainConfig
+from mmscale.errors import UserError
+
+# Read once, when DeepSpeed is imported; without it a CPU run warns and guesses.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+
+from mmscale.train.optimizer import build_optimizer
+from mmscale.train.state import TrainState
+
+# What the objective gives: (module, micro-batches, backward) -> detached values that are equal on every rank.
+ForwardBackward = Callable[[nn.Module, list, Callable[[Tensor], None]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others: a launcher's environment (RANK, WORLD_SIZE, ...) or, without one, alone."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup  # over the CPU, so that flags and counts never wait for the device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` on every rank; a UserError on any of them is raised on all, so that nobody waits."""
+        error, result = None, None
+        try:
+            result = work()
+        except UserError as raised:
+            error = str(raised)
+        errors = [text for text in self.gather(error) if text is not None]
+        if errors:
+            raise UserError(errors[0])
+        return result
+
+
+def start_processes() -> Processes:
+    """Joins the other ranks; a process group that is already there is used."""
+    # DeepSpeed would otherwise compile a shared-memory all-reduce for the CPU, for more than a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        timeout = timedelta(minutes=30)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Processes(rank, world_size, local_rank, device, dist.new_group(backend="gloo"))
+
+
+def micro_batches_per_step(train: TrainConfig, world_size: int) -> tuple[int, int]:
+    """(micro-batch, accumulation): global_batch = ranks x micro-batch x accumulation.
+
+    Raises UserError with the sizes that fit when the global batch does not divide.
+    """
+    total = train.global_batch
+    if total % world_size:
+        fits = [n for n in range(1, min(total, 1024) + 1) if total % n == 0]
+        below, above = total // world_size * world_size, -(-total // world_size) * world_size
+        batches = " or ".join(str(size) for size in sorted({below, above}) if size)
+        raise UserError(
+            f"train.global_batch: {total} does not divide by {world_size} ranks; "
+            f"take {batches}, or a number of ranks among {_listing(fits)}"
+        )
+    share = total // world_size
+    micro = train.micro_batch or share
+    if share % micro:
+        fits = [n for n in range(1, share + 1) if share % n == 0]
+        raise UserError(
+            f"train.micro_batch: {micro} does not divide the {share} samples of a rank "
+            f"(global batch {total} over {world_size} ranks); {_listing(fits)} would"
+        )
+    return micro, share // micro
+
+
+def _listing(numbers: list[int]) -> str:
+    return ", ".join(str(n) for n in (numbers if len(numbers) <= 12 else [*numbers[:6], "...", *numbers[-5:]]))
+
+
+def deepspeed_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration: what mmscale derives, with the user's `deepspeed` section laid over its defaults.
+
+    Raises UserError for a key in that section that is derived from another one, and for fp16 on a CPU.
+    """
+    train = config.train
+    micro, accumulation = micro_batches_per_step(train, world_size)
+    derived: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if clips_itself(train) else train.grad_clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        **_precision(train, device),
+    }
+    defaults = {
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"overlap_comm": False},
+    }
+    _refuse_clashes(config.deepspeed, derived)
+    return _merge(_merge(defaults, config.deepspeed), derived)
+
+
+def clips_itself(train: TrainConfig) -> bool:
+    """True where DeepSpeed would neither report the gradient norm nor notice that it is not finite."""
+    return train.zero_stage == 0 and train.precision in ("fp32", "bf16")
+
+
+def _precision(train: TrainConfig, device: torch.device) -> dict[str, Any]:
+    if train.precision == "fp32":
+        return {}
+    if train.precision == "bf16":
+        # No module is named, so that gradients are still summed over ranks in fp32.
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    if train.precision == "bf16_params":
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}}
+    if device.type == "cpu":
+        raise UserError("train.precision: fp16 does not run on a CPU; take fp32 or bf16")
+    if train.zero_stage == 0:
+        raise UserError(
+            "train.precision: DeepSpeed does not scale the loss of fp16 in stage 0; set train.zero_stage: 1"
+        )
+    return {"fp16": {"enabled": True}}
+
+
+_OWNERS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "train.grad_clip",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "the `optim` section",
+    "scheduler": "the `optim` section",
+}
+
+
+def _refuse_clashes(section: dict[str, Any], derived: dict[str, Any]) -> None:
+    for path, owner in _OWNERS.items():
+        node: Any = section
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is not None:
+            raise UserError(f"deepspeed.{path}: this follows from {owner}; set it there")
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did. `grad_norm` is the global norm before clipping; None when it was not finite."""
+
+    values: dict[str, Tensor]
+    applied: bool
+    grad_norm: Tensor | float | None
+
+
+class Engine:
+    """One objective under DeepSpeed: `step` is one update from the micro-batches of one global batch."""
+
+    def __init__(self, objective: nn.Module, forward_backward: ForwardBackward, config: Config, processes: Processes):
+        self.config = config
+        self.processes = processes
+        self._forward_backward = forward_backward
+        settings = deepspeed_config(config, processes.world_size, processes.device)
+        optimizer = build_optimizer(objective, config.optim)
+        self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        self.objective = objective
+        self.state = TrainState(self.deepspeed)
+
+    def step(self, micro_batches: list, lr: float) -> Update:
+        """Forward and backward of every micro-batch, then one update with the learning rate `lr`, on all ranks.
+
+        The update is left out on all ranks alike when the gradient is not finite.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        left = len(micro_batches)
+
+        def backward(loss: Tensor) -> None:
+            nonlocal left
+            left -= 1
+            self.deepspeed.set_gradient_accumulation_boundary(left == 0)
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+        values = self._forward_backward(self.deepspeed, micro_batches, backward)
+        assert left == 0, "one backward for every micro-batch"
+        if clips_itself(self.config.train):
+            return self._update_stage_0(values)
+        self.deepspeed.step()
+        applied = not getattr(self.deepspeed.optimizer, "overflow", False)
+        return Update(values, applied, self.deepspeed.get_global_grad_norm() if applied else None)
+
+    def _update_stage_0(self, values: dict[str, Tensor]) -> Update:
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients]))
+        if not torch.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return Update(values, False, None)
+        if self.config.train.grad_clip:
+            torch._foreach_div_(gradients, float(((norm + 1e-6) / self.config.train.grad_clip).clamp(min=1.0)))
+        self.deepspeed.step()
+        return Update(values, True, norm)

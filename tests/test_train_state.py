@@ -1,0 +1,182 @@
+"""Any ZeRO stage on any number of ranks saves the same tensors, and resumes from what any other has saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from mmscale.checkpoint import Checkpoint, commit, folder_name, write_fragments
+from mmscale.config import validate
+
+GLOBAL_BATCH = 8
+# Nothing stays gathered in stage 3, as in a model that is large enough to need it.
+STAGE_3 = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+
+
+class Part(nn.Module):
+    """Sizes that no number of ranks divides, vectors that do not decay, a buffer that is state and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.frozen = nn.Linear(7, 3)
+        self.down = nn.Linear(7, 1)
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        self.seen += 1
+        hidden = torch.tanh(self.norm(self.up(x)))
+        return self.down(hidden) + self.frozen(hidden).sum(-1, keepdim=True)
+
+
+class Objective(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Part()
+
+    def forward(self, x):
+        return (self.model(x) ** 2).sum()
+
+
+def forward_backward(module, micro_batches, backward):
+    world_size = torch.distributed.get_world_size()
+    total = torch.zeros(())
+    for x in micro_batches:
+        loss = module(x) / GLOBAL_BATCH
+        backward(loss * world_size)
+        total += loss.detach()
+    torch.distributed.all_reduce(total)
+    return {"loss": total}
+
+
+def build(stage, accumulation=1, precision="fp32"):
+    from mmscale.train.engine import Engine, start_processes
+    from mmscale.train.optimizer import freeze
+
+    processes = start_processes()
+    torch.manual_seed(0)
+    objective = Objective()
+    freeze(objective.model, ["frozen"])
+    share = GLOBAL_BATCH // processes.world_size
+    config = validate(
+        {
+            "run": {"dir": "unused"},
+            "optim": {"weight_decay": 0.3},
+            "train": {
+                "samples": 1,
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": share // accumulation,
+                "zero_stage": stage,
+                "precision": precision,
+                "grad_clip": 0.5,
+            },
+            "deepspeed": STAGE_3 if stage == 3 else {},
+        }
+    )
+    return Engine(objective, forward_backward, config, processes), processes
+
+
+def train(engine, processes, steps, accumulation=1):
+    curve = []
+    for step in steps:
+        x = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
+        mine = x[processes.rank :: processes.world_size]
+        update = engine.step(list(mine.chunk(accumulation)), lr=0.01)
+        assert update.applied
+        curve.append((float(update.values["loss"]), float(update.grad_norm)))
+    return curve
+
+
+def save(engine, processes, root, step):
+    folder = Path(root) / folder_name(step)
+    write_fragments(folder, processes.rank, engine.state.fragments(), "once")
+    if processes.is_main:
+        commit(folder, processes.world_size, "once", {"step": step, "samples": 0, "config": {}})
+    torch.distributed.barrier()
+    return folder
+
+
+def tensors_of(folder):
+    checkpoint = Checkpoint.open(folder)
+    return {
+        f"{kind}/{name}": checkpoint.read(name, kind)
+        for kind in checkpoint.manifest["tensors"]
+        for name in checkpoint.names(kind)
+    }
+
+
+def write_and_go_on(root, stages):
+    """Five updates, a save, and the two updates that come after it; for every stage."""
+    results = {}
+    for stage in stages:
+        engine, processes = build(stage)
+        train(engine, processes, range(5))
+        folder = save(engine, processes, Path(root) / f"{processes.world_size}_{stage}", 5)
+        after = train(engine, processes, range(5, 7))
+        weights = tensors_of(save(engine, processes, Path(root) / f"{processes.world_size}_{stage}_after", 7))
+        results[stage] = (str(folder), after, weights)
+    return results
+
+
+def read_and_go_on(root, folders, stages):
+    """Restores every folder in every stage, saves what was restored, and makes the two updates."""
+    results = {}
+    for stage in stages:
+        for index, folder in enumerate(folders):
+            engine, processes = build(stage)
+            engine.state.restore(Checkpoint.open(folder))
+            here = Path(root) / f"read_{processes.world_size}_{stage}_{index}"
+            restored = tensors_of(save(engine, processes, here, 5))
+            after = train(engine, processes, range(5, 7))
+            weights = tensors_of(save(engine, processes, here, 7))
+            results[stage, folder] = (restored, after, weights)
+    return results
+
+
+def assert_same(ours, theirs, exact=False):
+    assert set(ours) == set(theirs)
+    for key, tensor in ours.items():
+        if exact:
+            assert torch.equal(tensor, theirs[key]), key
+        else:
+            torch.testing.assert_close(
+                tensor, theirs[key], atol=5e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+@pytest.mark.slow
+def test_every_stage_and_rank_count_saves_the_same_and_resumes_from_every_other(tmp_path):
+    stages = (0, 1, 2, 3)
+    written = {ranks: run_ranks(ranks, write_and_go_on, tmp_path, stages)[0] for ranks in (1, 2, 4)}
+    origin, after, weights = written[2][1]
+    reference = tensors_of(origin)
+    assert {key.split("/")[0] for key in reference} == {"param", "exp_avg", "exp_avg_sq", "step", "buffer"}
+    assert reference["step/up.weight"].item() == 5
+    assert "buffer/table" not in reference
+    everything = [folder for results in written.values() for folder, _, _ in results.values()]
+    for results in written.values():
+        for folder, their_after, their_weights in results.values():
+            assert_same(tensors_of(folder), reference)
+            torch.testing.assert_close(their_after, after, atol=1e-6, rtol=0)
+            assert_same(their_weights, weights)
+    # One writer into twelve readers, and twelve writers into one reader.
+    runs = [(ranks, [origin], stages) for ranks in (1, 2, 4)] + [(2, everything, (3,))]
+    for ranks, folders, readers in runs:
+        for (stage, folder), (restored, their_after, their_weights) in run_ranks(
+            ranks, read_and_go_on, tmp_path / f"from_{len(folders)}", folders, readers
+        )[0].items():
+            assert_same(restored, tensors_of(folder), exact=True)
+            torch.testing.assert_close(their_after, after, atol=1e-6, rtol=0, msg=f"{ranks} ranks, stage {stage}")
+            assert_same(their_weights, weights)
+            assert their_weights["step/down.bias"].item() == 7
