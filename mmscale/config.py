@@ -124,6 +124,8 @@ class ObjectiveConfig(Section):
     contrastive_weight: Annotated[float, Field(ge=0)] = 1.0
     caption_weight: Annotated[float, Field(ge=0)] = 2.0
     negatives: Literal["global", "micro"] = Field("global", description="whom a caption is told apart from")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the captioning targets")
+    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the squared log-partition, such as 1e-4")
 
 
 class OptimConfig(Section):

@@ -1,6 +1,7 @@
 """Sizes and settings of an mmscale model, as they are saved in `config.json`."""
 
 import math
+from typing import ClassVar
 
 from transformers import PretrainedConfig
 
@@ -121,7 +122,7 @@ class MMScaleConfig(PretrainedConfig):
     """
 
     model_type = "mmscale"
-    sub_configs = {
+    sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {
         "vision_config": MMScaleVisionConfig,
         "text_config": MMScaleTextConfig,
         "decoder_config": MMScaleDecoderConfig,

@@ -8,27 +8,30 @@ are not. Causal attention is counted in full, which is what the usual definition
 from .configuration_mmscale import MMScaleConfig
 
 
-def forward_flops(config: MMScaleConfig, text_length: float, contrastive: bool = True, caption: bool = True) -> float:
+def forward_flops(
+    config: MMScaleConfig, text_length: float, contrastive: bool = True, caption: bool = True, training: bool = False
+) -> float:
     """Of one sample's forward pass, with a text of `text_length` tokens (padding that is computed included, CLS not).
 
-    `contrastive` and `caption` say which losses are trained: what only the other one needs is not computed.
+    `contrastive` and `caption` say which losses are trained: what only the other one needs is not computed. Patch
+    dropout counts when `training`.
     """
     return (
-        vision_flops(config, contrastive, caption)
+        vision_flops(config, contrastive, caption, training)
         + text_flops(config, text_length, contrastive)
         + (decoder_flops(config, text_length - 1) if caption else 0.0)
     )
 
 
 def training_flops(config: MMScaleConfig, text_length: float, contrastive: bool = True, caption: bool = True) -> float:
-    """Of one sample's forward and backward pass. Recomputation (activation checkpointing, cached embeddings) is not counted.
+    """Of one sample's forward and backward pass. Recomputation is not counted.
 
     The backward pass does two products for each of the forward pass, but none for the gradient of the pixels.
     """
     patches = _visible_patches(config, training=True)
     vision = config.vision_config
     no_pixel_gradient = _linear(patches, 3 * vision.patch_size**2, vision.width)
-    return 3 * forward_flops(config, text_length, contrastive, caption) - no_pixel_gradient
+    return 3 * forward_flops(config, text_length, contrastive, caption, training=True) - no_pixel_gradient
 
 
 def vision_flops(

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 @dataclass
 class Pictures:
-    """What decoding needs of the pictures: every decoder layer's keys and values, [pictures, heads, tokens, head width]."""
+    """What decoding needs of the pictures: for every decoder layer, keys and values [pictures, heads, tokens, size]."""
 
     keys_values: list[tuple[Tensor, Tensor]]
 

@@ -23,7 +23,7 @@ class VocabularyHead(nn.Linear):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """Logits [..., vocabulary] without `labels`; with `labels` [tokens], the loss summed over `hidden` [tokens, width].
+        """Logits [..., vocabulary]; or, with `labels` [tokens], the loss summed over `hidden` [tokens, width].
 
         Args:
             label_smoothing: share of the target that is spread evenly over the vocabulary.

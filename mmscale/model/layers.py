@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[pictures, picture tokens, context width] to keys and values [pictures, heads, picture tokens, head width]."""
+        """[pictures, tokens, context width] to keys and values, each [pictures, heads, tokens, head width]."""
         key, value = self.key_value(self.norm_context(context)).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 

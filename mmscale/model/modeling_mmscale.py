@@ -14,6 +14,7 @@ that is used: no mask is needed, and the result does not depend on how far a bat
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class MMScaleOutput(ModelOutput):
         loss: captioning cross entropy, mean over real tokens, when `labels` are given.
         logits: [batch, length, vocabulary], row t for the token after token t.
         image_embeds, text_embeds: [batch, embed_dim], of unit length.
-        logits_per_image: [pictures, texts], cosine similarities times the logit scale, plus the bias where there is one.
+        logits_per_image: [pictures, texts], cosine similarities times the logit scale (plus a bias, if any).
         logits_per_text: its transpose.
         image_tokens: [batch, pooler queries - 1, embed_dim], what the decoder looks at.
         past_key_values: the cache, when one is in use.
@@ -97,8 +98,10 @@ class VisionTower(nn.Module):
         """The last block's output, [batch, patches (after the class token, if any), width]."""
         expected = (3, self.config.image_size, self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(f"pixel_values have the shape {list(pixel_values.shape)}; expected [batch, 3, "
-                             f"{expected[1]}, {expected[2]}]: resize the pictures to the model's image_size")  # fmt: skip
+            raise ValueError(
+                f"pixel_values have the shape {list(pixel_values.shape)}; expected [batch, 3, {expected[1]}, "
+                f"{expected[2]}]: resize the pictures to the model's image_size"
+            )
         patches = self._patches(pixel_values)
         positions = self.positions
         prefix = int(self.class_token is not None)
@@ -117,7 +120,7 @@ class VisionTower(nn.Module):
         return x
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
-        """[batch, patches, 3 * patch size squared], channels first within a patch as a convolution's weight has them."""
+        """[batch, patches, 3 * patch size squared], channels first as in a convolution's weight."""
         size = self.config.patch_size
         x = pixel_values.unfold(2, size, size).unfold(3, size, size)  # [batch, 3, rows, columns, size, size]
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [batch, patches, 3, size * size]
@@ -268,7 +271,7 @@ class Decoder(nn.Module):
 
 
 class LogitScale(nn.Module):
-    """Temperature of the contrastive loss, kept as a logarithm and bounded from above; for the sigmoid loss also a bias."""
+    """Temperature of the contrastive loss, as a logarithm bounded from above; and the sigmoid loss's bias."""
 
     def __init__(self, config: MMScaleConfig):
         super().__init__()
@@ -293,8 +296,8 @@ class LogitScale(nn.Module):
 class _BoundedLog(torch.autograd.Function):
     """min(x, limit), with no gradient at the limit that would push x further out.
 
-    The parameter is never written to: with sharded training a write to the module's copy misses the optimizer's. Whether
-    a gradient pushes outwards is decided on the mean over all ranks, so that every rank decides the same.
+    The parameter is never written to: with sharded training a write to the module's copy misses the optimizer's.
+    Whether a gradient pushes outwards is decided on the mean over all ranks, so that every rank decides the same.
     """
 
     @staticmethod
@@ -317,7 +320,7 @@ class MMScalePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["Block", "CrossBlock", "AttentionalPooler"]
+    _no_split_modules: ClassVar[list[str]] = ["Block", "CrossBlock", "AttentionalPooler"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -351,7 +354,7 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """[batch, length], right-padded, to embeddings [batch, embed_dim] of unit length and states [batch, length, width].
+        """[batch, length], right-padded, to unit embeddings [batch, embed_dim] and states [batch, length, width].
 
         The number of real tokens comes from `lengths` [batch], else from `attention_mask` [batch, length], else from
         the pad id.
@@ -360,7 +363,7 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         return F.normalize(text_embeds, dim=-1), text_tokens
 
     def decode(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
-        """Text states [batch, length, width] and picture tokens to the states [batch, length, width] before the head."""
+        """Text states [batch, length, width] and picture tokens to states [batch, length, width] for the head."""
         return self._require_decoder()(text_tokens, image_tokens)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -434,7 +437,7 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         return kept_patches(positions, vision.num_patches, keep, seed)
 
     def set_activation_checkpointing(self, mode: str):
-        """Which blocks are recomputed in the backward pass: `none`, `full`, or `every_N` (every N-th block of a part)."""
+        """Which blocks are recomputed in the backward pass: `none`, `full`, or `every_N` (N-th of a part)."""
         every = {"none": 0, "full": 1}.get(mode)
         if every is None:
             prefix, _, number = mode.rpartition("_")

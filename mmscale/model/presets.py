@@ -5,8 +5,8 @@ from typing import Any
 from .configuration_mmscale import MMScaleConfig
 from .modeling_mmscale import MMScaleModel
 
-# b32 and l14 have the sizes of open_clip's coca_ViT-B-32 and coca_ViT-L-14; b16 is b32 with smaller patches; g14 has the
-# image tower of ViT-g-14 (1.0B parameters, 1.8B in all). `tiny` learns the toy shards on two CPU cores.
+# b32 and l14 have the sizes of open_clip's coca_ViT-B-32 and coca_ViT-L-14; b16 is b32 with smaller patches; g14 has
+# the image tower of ViT-g-14. `tiny` learns the toy shards on two CPU cores.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "embed_dim": 128,
