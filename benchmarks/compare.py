@@ -22,7 +22,7 @@ def read_cases(path: str) -> tuple[dict[tuple, dict], dict]:
     """The cases of a result file, keyed by benchmark, case and facts, and the environment they were taken in."""
     try:
         content = json.loads(Path(path).read_text())
-        reports = content["benchmarks"] if "benchmarks" in content else [content]
+        reports = content.get("benchmarks", [content])
         cases = {
             (report["benchmark"], row["case"], json.dumps(row["facts"], sort_keys=True)): row
             for report in reports
