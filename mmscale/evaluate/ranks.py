@@ -4,6 +4,9 @@ Everything here works without a process group too, as one rank. Every function i
 same order.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,3 +94,24 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     largest = torch.tensor([value], device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+@contextmanager
+def launched_ranks(device: str | None = None) -> Iterator[torch.device]:
+    """Joins the ranks of a launcher (`torchrun`, `deepspeed`), whose environment says so; alone without one.
+
+    Args:
+        device: where to compute; a GPU of this rank's own where there is one, unless given.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()

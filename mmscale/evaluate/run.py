@@ -64,9 +64,7 @@ def run_evaluation(
         UserError: a task that was asked for cannot be done; the split holds no good sample.
     """
     config = config or EvalConfig()
-    names = tasks or [
-        name for name in config.tasks if name != "caption" or model.config.decoder_config.layers
-    ]
+    names = tasks or [name for name in config.tasks if name != "caption" or model.config.decoder_config.layers]
     running = {name: TASKS[name](model, tokenizer, config) for name in names}
     device = model_device(model)
     num_samples = torch.zeros((), dtype=torch.long, device=device)

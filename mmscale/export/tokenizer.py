@@ -2,8 +2,9 @@
 
 Three things keep the two equal where a plain conversion goes wrong:
 
-- Control and byte pieces (`</s>`, `<0x41>`) live in the fast tokenizer's trie like any word, so a caption that spells one
-  would become one. Their text is cut where no ordinary piece can reach across, and their score is too low to be chosen.
+- Control and byte pieces (`</s>`, `<0x41>`) live in the fast tokenizer's trie like any word, so a caption that spells
+  one would become one. Their text is cut where no ordinary piece can reach across, and their score is too low to be
+  chosen.
 - SentencePiece puts its space mark before every text and drops marks at its end, also where the text brings its own.
 - Words are not split before the search for the best pieces, as SentencePiece does not split them either.
 """

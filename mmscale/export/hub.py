@@ -1,0 +1,147 @@
+"""A checkpoint as a Hugging Face Hub folder that loads with stock Transformers calls.
+
+OUT/config.json, generation_config.json     the model's configuration, `auto_map` to the code beside it
+    model.safetensors                       the weights, in numbered parts above 5 GB
+    *_mmscale.py and what they import       the code of `mmscale/model`
+    processor_config.json, tokenizer*.json  pictures to pixels, texts to token ids
+    tokenizer.model                         the SentencePiece model itself
+    README.md                               the model card
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from mmscale.checkpoint import Checkpoint
+from mmscale.data.tokenizer import Tokenizer
+from mmscale.errors import UserError
+from mmscale.export.card import CardFacts, model_card
+from mmscale.export.folder import DTYPES, SHARD_BYTES, Entry, whole_folder, write_weights
+from mmscale.export.tokenizer import fast_tokenizer
+from mmscale.export.verify import verify_export
+from mmscale.model import modeling_mmscale
+from mmscale.model.configuration_mmscale import MMScaleConfig
+from mmscale.model.modeling_mmscale import MMScaleModel
+from mmscale.model.processing_mmscale import MMScaleProcessor
+from mmscale.pretrained import EXPORTED_TOKENIZER, checkpoint_model_config, run_config
+
+CODE = Path(modeling_mmscale.__file__).parent
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmscale.MMScaleConfig",
+    "AutoModel": "modeling_mmscale.MMScaleModel",
+}
+
+
+def export_hub(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "fp32",
+    ema: bool = False,
+    tokenizer: str | Path | None = None,
+    scores: str | Path | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    data: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes `out` whole or not at all, after a process without mmscale has loaded it and found the same outputs.
+
+    Args:
+        checkpoint: a run folder (its newest whole checkpoint) or a checkpoint folder.
+        out: a folder that is empty or not there.
+        dtype: of the weights, `fp32`, `bf16` or `fp16`.
+        ema: the averaged weights of a run that kept them.
+        tokenizer: a SentencePiece model instead of the checkpoint's own.
+        scores: a JSON file written by `mmscale eval`, for the card.
+        name: the model's name on the card; the folder's unless given.
+        license: as the Hub spells it; `data`: what it was trained on. Both for the card.
+        shard_bytes: the most bytes in one weights file.
+        say: takes one line for people after each part of the work.
+
+    Raises:
+        UserError: nothing to export, `out` is not empty, another vocabulary, a full disk, or outputs that differ.
+    """
+    out = Path(out)
+    source = Checkpoint.open(checkpoint)
+    if ema and not source.names("ema"):
+        raise UserError(f"{source.path}: holds no averaged weights; leave out the option for them")
+    pieces = Tokenizer.load(tokenizer or source.tokenizer_path)
+    config = checkpoint_model_config(source, pieces)
+    known_scores = _read_scores(scores)
+    with whole_folder(out) as folder:
+        total = write_weights(folder, _entries(source, ema), DTYPES[dtype], shard_bytes)
+        say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
+        _write_config(folder, config, DTYPES[dtype])
+        fast = fast_tokenizer(pieces, config.text_config.context_length)
+        write_processor(folder, config, fast)
+        shutil.copyfile(pieces.path, folder / EXPORTED_TOKENIZER)
+        for file in code_files():
+            shutil.copyfile(file, folder / file.name)
+        facts = CardFacts(
+            name=name or out.name,
+            num_parameters=sum(torch.Size(source.shape(key)).numel() for key in source.names("param")),
+            dtype=dtype,
+            samples=source.samples,
+            step=source.step,
+            license=license,
+            data=data,
+            **known_scores,
+        )
+        (folder / "README.md").write_text(model_card(config, run_config(source), facts), encoding="utf-8")
+
+        model = MMScaleModel(config)
+        model.load_state_dict(source.load_model_tensors(ema=ema))
+        differences = verify_export(folder, model.to(DTYPES[dtype]).eval(), pieces)
+        largest = ", ".join(f"{key} {value:.1g}" for key, value in differences.items())
+        say(f"loaded in a process without mmscale; largest differences: {largest}")
+    return out
+
+
+def code_files() -> list[Path]:
+    """The files of `mmscale/model` that travel: the three entry points and what they import from one another."""
+    waiting, found = ["configuration_mmscale", "modeling_mmscale", "processing_mmscale"], {}
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = CODE / f"{module}.py"
+            waiting += re.findall(r"^\s*from \.(\w+) import", found[module].read_text(encoding="utf-8"), re.MULTILINE)
+    return [found[module] for module in sorted(found)]
+
+
+def _entries(source: Checkpoint, ema: bool) -> dict[str, Entry]:
+    """Every tensor of the model by name, not yet read."""
+    entries = {}
+    for name in source.names("param"):
+        kind = "ema" if ema and source.has(name, "ema") else "param"
+        entries[name] = Entry(source.shape(name), partial(source.read, name, kind))
+    for name in source.names("buffer"):
+        entries[name] = Entry(source.shape(name, "buffer"), partial(source.read, name, "buffer"))
+    return entries
+
+
+def _write_config(folder: Path, config: MMScaleConfig, dtype: torch.dtype) -> None:
+    config.architectures = [MMScaleModel.__name__]
+    config.auto_map = AUTO_MAP
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+
+
+def _read_scores(path: str | Path | None) -> dict:
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {"scores": found["scores"], "scored_on": found["data"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the scores that `mmscale eval --output` writes: {error!r}") from None
