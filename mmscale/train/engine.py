@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmscale.config import Config, TrainConfig
 from mmscale.errors import UserError
-
-# Read once, when DeepSpeed is imported; without it a CPU run warns and guesses.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-import deepspeed.ops
 
 from mmscale.train.optimizer import build_optimizer
 from mmscale.train.state import TrainState

@@ -1,0 +1,128 @@
+"""What a run leaves in its folder besides checkpoints, and how a second call goes on with it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmscale.checkpoint import FOLDER, write_whole
+from mmscale.config import Config
+from mmscale.errors import UserError
+
+# Keys of the sections that may not change whose change does not change the run.
+FREE = {
+    "data": {"workers", "val", "max_bad_fraction", "index_dir", "cache_dir", "train", "sources"},
+    "model": {"checkpoint", "compile", "init_from"},
+    "run": set(),
+}
+
+
+class RunFolder:
+    """`run.dir`: config.yaml, metrics.jsonl, evaluations.jsonl, events.jsonl, bad_samples.jsonl, status.json.
+
+    Every rank holds one; only rank 0 (`writes`) touches the files. All lines carry `samples`, so that those past a
+    checkpoint can be cut when the run goes on from it.
+    """
+
+    def __init__(self, path: str | Path, writes: bool):
+        self.path = Path(path)
+        self.checkpoints = self.path / FOLDER
+        self.writes = writes
+        self._files: dict[str, Any] = {}
+
+    def create(self) -> None:
+        """Raises UserError when the folder cannot be made or written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: {self.path}: {error.strerror}") from None
+
+    def write_config(self, config: Config) -> None:
+        if self.writes:
+            write_whole(self.path / "config.yaml", config.dump(), replace=True)
+
+    def write_status(self, status: str, samples: int, step: int, reason: str = "") -> None:
+        """`running`, `finished`, `preempted`, `refused`, `stopped` (a guard) or `failed`: what scripts read."""
+        if self.writes and self.path.is_dir():
+            facts = {"status": status, "samples": samples, "step": step, "reason": reason, "time": time.time()}
+            write_whole(self.path / "status.json", json.dumps(facts) + "\n", replace=True)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """One more line of a .jsonl file, at once visible to readers."""
+        if not self.writes:
+            return
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("a", encoding="utf-8")
+        self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+    def event(self, kind: str, step: int, samples: int, **facts: Any) -> None:
+        """What happened besides training: a resume, a save, a signal, a skipped update."""
+        self.append("events.jsonl", {"event": kind, "step": step, "samples": samples, "time": time.time(), **facts})
+
+    def sync(self) -> None:
+        """Puts the lines on disk; a checkpoint that is committed after this never lacks the lines before it."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def cut(self, samples: int) -> None:
+        """Drops the lines past a checkpoint: those updates will be made, and logged, once more."""
+        if self.writes:
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                _keep_lines(self.path / name, lambda line: line["samples"] <= samples)
+            _keep_lines(self.path / "bad_samples.jsonl", lambda line: line["position"] < samples)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run
+        if text.endswith("\n") and keep(line):
+            kept.append(text)
+    write_whole(path, "".join(kept), replace=True)
+
+
+def compare_configs(before: dict[str, Any], now: Config) -> list[str]:
+    """The settings that changed since the checkpoint, as `key: old -> new`.
+
+    Raises UserError for one that may not: the model, the tokenizer, the seed and the data are what the run is. Shards
+    and tokenizer may have moved; whether they are the same is seen from their fingerprints.
+    """
+    old, new = flatten(before), flatten(now.model_dump(mode="json"))
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        was, value = old.get(key), new.get(key)
+        if was == value or key == "run.dir" or (key not in old and value is None):
+            continue
+        section, _, rest = key.partition(".")
+        fixed = key == "run.seed" or (section in ("data", "model") and rest.split(".")[0] not in FREE[section])
+        if fixed:
+            raise UserError(
+                f"{key}: {was} in the checkpoint, {value} now; it cannot change within a run. Set it back, or start a "
+                f"new run with another run.dir (model.init_from takes the weights over)"
+            )
+        changes.append(f"{key}: {was} -> {value}")
+    return changes
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

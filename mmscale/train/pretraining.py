@@ -1,0 +1,99 @@
+"""From a configuration to what is pretrained: tokenizer, stream, model, objective, evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mmscale.config import Config
+from mmscale.data.loader import EvalSet, TrainStream
+from mmscale.data.tokenizer import Tokenizer
+from mmscale.errors import UserError
+from mmscale.model.flops import training_flops
+from mmscale.model.modeling_mmscale import MMScaleModel
+from mmscale.model.presets import build_model, build_model_config
+from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
+from mmscale.train.engine import Processes
+from mmscale.train.optimizer import freeze
+from mmscale.train.trainer import Task
+
+
+def build_pretraining(config: Config, processes: Processes) -> Task:
+    """Everything that a pretraining run needs, the same on every rank. Raises UserError."""
+    if config.tokenizer.path is None:
+        raise UserError("tokenizer.path: not set; `mmscale tokenizer SHARDS OUT --vocab-size V` makes a tokenizer")
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    try:
+        sizes = build_model_config(
+            config.model,
+            tokenizer.vocab_size,
+            tokenizer.pad_id,
+            tokenizer.start_id,
+            tokenizer.end_id,
+            contrastive=config.objective.contrastive,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    stream = TrainStream(
+        config.data,
+        tokenizer,
+        image_size=sizes.vision_config.image_size,
+        context_length=sizes.text_config.context_length,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch or config.train.global_batch // processes.world_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    torch.manual_seed(config.run.seed)
+    model = build_model(sizes, config.model.checkpoint, config.model.compile)
+    if config.model.init_from is not None:
+        _take_weights(model, config.model.init_from)
+    freeze(model, config.train.freeze)
+    objective = PretrainingObjective(model, config.objective, config.run.seed)
+    losses = {"contrastive": config.objective.contrastive_weight > 0, "caption": config.objective.caption_weight > 0}
+    return Task(
+        objective=objective,
+        forward_backward=forward_backward,
+        stream=stream,
+        tokenizer=tokenizer,
+        flops_per_sample=lambda text_length: training_flops(sizes, text_length, **losses),
+        evaluate=_evaluation(config, model, tokenizer, processes),
+    )
+
+
+def _take_weights(model: MMScaleModel, source: str) -> None:
+    from mmscale.pretrained import load_pretrained
+
+    theirs = load_pretrained(source).model.state_dict()
+    ours = model.state_dict()
+    for name, tensor in ours.items():
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            found = list(theirs[name].shape) if name in theirs else "nothing"
+            raise UserError(f"model.init_from: {source} holds {found} for `{name}`, this model {list(tensor.shape)}")
+    model.load_state_dict(theirs)
+
+
+def _evaluation(
+    config: Config, model: MMScaleModel, tokenizer: Tokenizer, processes: Processes
+) -> Callable[[], dict[str, float]] | None:
+    """The in-loop evaluation on `data.val`; None when it is never due."""
+    if config.eval.every is None:
+        return None
+    if config.data.val is None:
+        raise UserError("eval.every: needs data.val, the shards to evaluate on")
+    from mmscale.evaluate.run import evaluate
+
+    eval_set: Any = EvalSet(
+        config.data.val,
+        tokenizer,
+        data=config.data,
+        image_size=model.config.vision_config.image_size,
+        context_length=model.config.text_config.context_length,
+        batch_size=config.eval.batch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        limit=config.eval.samples,
+    )
+    autocast = torch.bfloat16 if config.train.precision == "bf16" else None
+    return lambda: evaluate(model, tokenizer, eval_set, config=config.eval, autocast=autocast)
