@@ -1,0 +1,183 @@
+"""From an encoded picture to uint8 pixels of the model's size.
+
+JPEGs go through libjpeg-turbo; everything else, and what it refuses, through PIL. Resizing is PyTorch's antialiased
+bicubic on uint8 in channels-last layout, which agrees with PIL's to within rounding at a quarter of its cost.
+Arrays are [height, width, 3], uint8, RGB.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_MAX_ASPECT = 8  # a longer picture is cut before it is resized, or a line of pixels would become gigabytes
+
+
+class ImageError(Exception):
+    """A picture that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Box:
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def decode(data: bytes, max_pixels: int, min_size: int | None = None) -> np.ndarray:
+    """Pixels of an encoded picture, upright, alpha over white, any mode as RGB.
+
+    min_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so many pixels.
+    Raises ImageError: not an image, truncated, or more than max_pixels.
+    """
+    if not data:
+        raise ImageError("the image has no bytes")
+    if data[:3] == b"\xff\xd8\xff":
+        pixels = _decode_jpeg(data, max_pixels, min_size)
+        if pixels is not None:
+            return pixels
+    return _decode_any(data, max_pixels)
+
+
+def training_crop(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+) -> Box:
+    """A random box of a share `scale` of the picture's area with an aspect in `ratio` (log-uniform).
+
+    draws: ten uniform numbers in [0, 1): four tries of (area, aspect), then where the box lies. When no try fits, the
+    largest centred box of an allowed aspect is taken.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for i in range(0, 8, 2):
+        area = height * width * (scale[0] + draws[i] * (scale[1] - scale[0]))
+        aspect = math.exp(log_low + draws[i + 1] * (log_high - log_low))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = int(draws[8] * (height - box_height + 1)), int(draws[9] * (width - box_width + 1))
+            return Box(top, left, box_height, box_width)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    box_width, box_height = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def resize(pixels: np.ndarray, height: int, width: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
+    """Antialiased resize: [h, w, 3] -> [height, width, 3], uint8."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
+    resized = interpolate(tensor, size=(height, width), mode=mode, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def crop_and_resize(pixels: np.ndarray, box: Box, size: int, mode: str = "bicubic") -> np.ndarray:
+    """The box of a picture at size x size."""
+    return resize(pixels[box.top : box.top + box.height, box.left : box.left + box.width], size, size, mode)
+
+
+def center_view(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The evaluation transform: shorter side to `size` (bicubic), then the centred size x size square."""
+    height, width = pixels.shape[:2]
+    longest = _MAX_ASPECT * min(height, width)
+    if max(height, width) > longest:
+        top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+        pixels = pixels[top : top + longest, left : left + longest]
+        height, width = pixels.shape[:2]
+    short, long = min(height, width), max(height, width)
+    long = size * long // short
+    height, width = (size, long) if height <= width else (long, size)
+    pixels = resize(pixels, height, width)
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> np.ndarray | None:
+    """None when libjpeg-turbo does not take it: PIL has the last word."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(height, width, max_pixels)
+        if colorspace not in ("YCbCr", "RGB", "Gray", "GRAY"):
+            return None
+        scale = 1
+        while min_size is not None and scale < 8 and min(height, width) >= 2 * scale * min_size:
+            scale *= 2
+        if scale == 1:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+        else:
+            pixels = simplejpeg.decode_jpeg(
+                data, "RGB", True, True, -(-height // scale), -(-width // scale), min_factor=scale
+            )
+    except ValueError:
+        return None
+    return _upright(pixels, _jpeg_orientation(data))
+
+
+def _decode_any(data: bytes, max_pixels: int) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_size(image.height, image.width, max_pixels)
+            orientation = image.getexif().get(0x0112, 1)
+            image.load()
+            pixels = np.array(_to_rgb(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError("the image has too many pixels") from None
+    except Exception as error:  # PIL's plugins raise what they like on broken files
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        raise ImageError(f"the image cannot be decoded: {reason[:100] or type(error).__name__}") from None
+    return _upright(pixels, orientation)
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise ImageError(f"the image has {width} x {height} pixels, more than data.max_pixels ({max_pixels:,})")
+    if height == 0 or width == 0:
+        raise ImageError("the image has no pixels")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        high = np.asarray(image).astype(np.int64) >> 8  # 16-bit grey: the high byte
+        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF's orientation, 1 (upright) to 8; 1 when there is none."""
+    start = data.find(b"Exif\0\0", 0, 65536)
+    if start < 0:
+        return 1
+    tiff = data[start + 6 : start + 6 + 65536]
+    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
+    if order is None:
+        return 1
+    directory = int.from_bytes(tiff[4:8], order)
+    for entry in range(int.from_bytes(tiff[directory : directory + 2], order)):
+        at = directory + 2 + 12 * entry
+        if int.from_bytes(tiff[at : at + 2], order) == 0x0112:
+            return int.from_bytes(tiff[at + 8 : at + 10], order)
+    return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes EXIF's orientation (2-4 mirrored or turned, 5-8 with the axes swapped)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels

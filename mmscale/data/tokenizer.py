@@ -1,0 +1,94 @@
+"""Captions as token ids: a SentencePiece unigram model with byte fallback, so that no text is unknown."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from mmscale.errors import UserError
+
+PAD_ID, UNK_ID, START_ID, END_ID = range(4)
+
+
+class Tokenizer:
+    """A loaded SentencePiece model. `fingerprint` is the SHA-256 of its file."""
+
+    def __init__(self, path: str | Path, data: bytes):
+        self.path = str(path)
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.vocab_size = self._processor.vocab_size()
+        self.pad_id = self._processor.pad_id()
+        self.start_id = self._processor.bos_id()
+        self.end_id = self._processor.eos_id()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a model file. Raises UserError when it is missing, no SentencePiece model, or without marks."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"tokenizer.path: {path} cannot be read ({error.strerror}); `mmscale tokenizer` makes one"
+            ) from None
+        try:
+            tokenizer = cls(path, data)
+        except RuntimeError:
+            raise UserError(f"tokenizer.path: {path} is not a SentencePiece model") from None
+        if min(tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id) < 0:
+            raise UserError(
+                f"tokenizer.path: {path} lacks a padding, start or end piece; train one with `mmscale tokenizer`"
+            )
+        return tokenizer
+
+    def encode(self, text: str, max_length: int) -> list[int]:
+        """start + pieces + end, at most `max_length` ids; a longer caption is cut and keeps its end mark."""
+        return [self.start_id, *self._processor.encode(text)[: max_length - 2], self.end_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; padding, start and end marks are left out."""
+        marks = {self.pad_id, self.start_id, self.end_id}
+        return self._processor.decode([int(i) for i in ids if int(i) not in marks])
+
+
+def train_tokenizer(
+    captions: Iterable[str], out: str | Path, vocab_size: int, *, threads: int | None = None, log: bool = False
+) -> Tokenizer:
+    """Trains a model on captions and writes it to `out`, whole or not at all.
+
+    Unigram with byte fallback; text is not normalised beyond white space. Ids: padding 0, unknown 1, start 2, end 3.
+    Raises UserError when the captions are too few for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            character_coverage=0.9995,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=START_ID,
+            eos_id=END_ID,
+            pad_piece="<pad>",
+            hard_vocab_limit=False,
+            num_threads=threads or min(16, os.cpu_count() or 1),
+            minloglevel=0 if log else 2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on these captions: {reason}") from None
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(out)
+    return Tokenizer.load(out)
