@@ -3,8 +3,8 @@
     python -m benchmarks.run [--quick] [--only loader,model]      --quick ends within 5 minutes on 2 cores
     python -m benchmarks.run --render RESULT.json                 the page again, from a file of raw readings
 
-Writes benchmarks/results/<date>_<machine>_<commit>.json (environment, commands, raw readings) and, from nothing but that
-file, benchmarks/results/README.md with its pictures.
+Writes benchmarks/results/<date>_<machine>_<commit>.json (environment, commands, raw readings) and,
+from nothing but that file, benchmarks/results/README.md with its pictures.
 """
 
 import argparse

@@ -86,9 +86,13 @@ def _add_toy(verbs) -> None:
 
 def _add_tokenizer(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
+        from mmscale.config import DataConfig
+        from mmscale.data.samples import iter_captions
         from mmscale.data.tokenizer import train_tokenizer
 
-        train_tokenizer(args.shards, args.out, args.vocab_size)
+        data = DataConfig(text_key=args.text_key)
+        tokenizer = train_tokenizer(iter_captions(args.shards, data), args.out, args.vocab_size)
+        print(f"{args.out}: {tokenizer.vocab_size} pieces")
 
     parser = _verb(
         verbs,
@@ -97,17 +101,22 @@ def _add_tokenizer(verbs) -> None:
         "train a SentencePiece model on the captions of shards",
         "mmscale tokenizer 'data/toy/train-*.tar' data/tokenizer.model --vocab-size 320",
     )
-    parser.add_argument("shards", help="path, glob, braces or @list.txt")
+    parser.add_argument("shards", help=_SHARDS)
     parser.add_argument("out", help="the model file to write")
     parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument(
+        "--text-key", default="txt", help="where the captions are: txt or json.KEY (default: %(default)s)"
+    )
 
 
 def _add_train(verbs) -> None:
     def run(args: argparse.Namespace) -> int:
         from mmscale.config import load_config
+
+        config = load_config(args.config, args.overrides)  # a mistake in it is told before PyTorch is imported
         from mmscale.train.trainer import train
 
-        return train(load_config(args.config, args.overrides), check=args.check)
+        return train(config, check=args.check)
 
     parser = _verb(
         verbs,
@@ -121,4 +130,87 @@ def _add_train(verbs) -> None:
     parser.add_argument("--check", action="store_true", help="build everything, run one step, write nothing")
 
 
-_VERBS = [_add_toy, _add_tokenizer, _add_train]
+def _add_eval(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.evaluate.command import evaluate_command
+
+        settings = {
+            key: value for key in ("batch", "samples", "classnames", "templates") if (value := getattr(args, key))
+        }
+        evaluate_command(
+            args.model,
+            args.data,
+            args.task,
+            settings=settings,
+            output=args.output,
+            tokenizer=args.tokenizer,
+            ema=args.ema,
+            device=args.device,
+        )
+
+    parser = _verb(
+        verbs,
+        "eval",
+        run,
+        "score a run, a checkpoint or an exported folder",
+        "mmscale eval runs/toy --task retrieval --data 'data/toy/val-*.tar'",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--data", required=True, help=_SHARDS)
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=["zeroshot", "retrieval", "caption"],
+        help="may be repeated; all when left out",
+    )
+    parser.add_argument("--batch", type=int, help="samples of a forward pass")
+    parser.add_argument("--samples", type=int, help="only the first so many")
+    parser.add_argument("--classnames", help="text file, one class name a line (default: from the shards' JSON)")
+    parser.add_argument("--templates", help="text file, one prompt template a line, {} for the name")
+    parser.add_argument("--output", help="JSON file for the scores")
+
+
+def _add_export(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.export.hub import export_hub
+
+        export_hub(
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            ema=args.ema,
+            tokenizer=args.tokenizer,
+            scores=args.scores,
+            name=args.name,
+            license=args.license,
+            data=args.data,
+            say=print,
+        )
+
+    parser = _verb(
+        verbs,
+        "export",
+        run,
+        "write the trained model in the Hugging Face Hub format, and prove that it is the same",
+        "mmscale export runs/toy exports/toy --scores runs/toy/scores.json",
+    )
+    parser.add_argument("checkpoint", help="a run folder (its newest whole checkpoint) or a checkpoint folder")
+    parser.add_argument("out", help="folder to write; must be empty or not there")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of a run that kept them")
+    parser.add_argument("--tokenizer", help="a SentencePiece model instead of the checkpoint's own")
+    parser.add_argument("--scores", help="JSON file of `mmscale eval`, for the model card")
+    parser.add_argument("--name", help="the model's name on its card (default: the folder's)")
+    parser.add_argument("--license", help="for the model card, as the Hub spells it: apache-2.0, mit, ...")
+    parser.add_argument("--data", help="what the model was trained on, for the card")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run folder, a checkpoint folder or an exported folder")
+    parser.add_argument("--tokenizer", help="a SentencePiece model instead of the one beside the weights")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of a run that kept them")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+
+
+_SHARDS = "path, glob, braces or @list.txt"
+_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_export]
