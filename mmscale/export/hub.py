@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mmscale.checkpoint import Checkpoint
 from mmscale.data.tokenizer import Tokenizer
@@ -28,13 +28,15 @@ from mmscale.export.verify import verify_export
 from mmscale.model import modeling_mmscale
 from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.model.modeling_mmscale import MMScaleModel
-from mmscale.model.processing_mmscale import MMScaleProcessor
+from mmscale.model.processing_mmscale import MMScaleImageProcessor, MMScaleProcessor
 from mmscale.pretrained import EXPORTED_TOKENIZER, checkpoint_model_config, run_config
 
 CODE = Path(modeling_mmscale.__file__).parent
 AUTO_MAP = {
     "AutoConfig": "configuration_mmscale.MMScaleConfig",
     "AutoModel": "modeling_mmscale.MMScaleModel",
+    "AutoProcessor": "processing_mmscale.MMScaleProcessor",
+    "AutoImageProcessor": "processing_mmscale.MMScaleImageProcessor",
 }
 
 
@@ -81,7 +83,7 @@ def export_hub(
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
         _write_config(folder, config, DTYPES[dtype])
         fast = fast_tokenizer(pieces, config.text_config.context_length)
-        write_processor(folder, config, fast)
+        _write_processor(folder, config, fast)
         shutil.copyfile(pieces.path, folder / EXPORTED_TOKENIZER)
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
@@ -135,6 +137,15 @@ def _write_config(folder: Path, config: MMScaleConfig, dtype: torch.dtype) -> No
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
+
+
+def _write_processor(folder: Path, config: MMScaleConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    image_processor = MMScaleImageProcessor(config.vision_config.image_size, config.image_mean, config.image_std)
+    image_processor.auto_map = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
+    processor = MMScaleProcessor(image_processor, tokenizer)
+    processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # again: the processor leaves its own class map in the tokenizer's file
 
 
 def _read_scores(path: str | Path | None) -> dict:

@@ -1,0 +1,124 @@
+"""Pictures that a user points at: files, folders, URLs and shards, under the evaluation transform."""
+
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmscale.config import DataConfig, validate
+from mmscale.data import images
+from mmscale.data.loader import EvalSet
+from mmscale.errors import UserError
+from mmscale.pretrained import Pretrained
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
+MAX_DOWNLOAD_BYTES = 64 * 1024 * 1024
+TIMEOUT_S = 30
+
+
+@dataclass
+class Picture:
+    """One picture.
+
+    Attributes:
+        name: its path, its URL, or shard and key.
+        pixels: `[3, size, size]`, uint8, as the model sees it.
+        captions: what people wrote for it; empty unless it comes from a shard.
+    """
+
+    name: str
+    pixels: Tensor
+    captions: list[str] = field(default_factory=list)
+
+
+def read_pictures(sources: Sequence[str], pretrained: Pretrained, limit: int | None = None) -> Iterator[Picture]:
+    """The pictures of all sources, in order; of a folder by name, its folders included.
+
+    A picture in a folder or a shard that cannot be decoded is logged and left out.
+
+    Args:
+        sources: image files, folders of them, `http(s)` URLs of images, and `.tar` shards (globs and braces too).
+        limit: only the first so many.
+
+    Raises:
+        UserError: a source that is not there, or a picture named by the user that cannot be decoded.
+    """
+    data = validate(pretrained.facts.get("config", {}).get("data", {}), DataConfig, "data")
+    found = (picture for source in sources for picture in _read_source(str(source), pretrained, data))
+    return islice(found, limit)
+
+
+def batched(pictures: Iterator[Picture], size: int) -> Iterator[tuple[list[Picture], Tensor]]:
+    """Pictures in lists of up to `size`, each with its `[batch, 3, height, width]` pixels."""
+    while batch := list(islice(pictures, size)):
+        yield batch, torch.stack([picture.pixels for picture in batch])
+
+
+def _read_source(source: str, pretrained: Pretrained, data: DataConfig) -> Iterator[Picture]:
+    if source.split("?")[0].endswith(".tar"):
+        yield from _read_shards(source, pretrained, data)
+    elif source.startswith(("http://", "https://")):
+        yield _decode(source, _download(source), pretrained.image_size, data.max_pixels)
+    elif Path(source).is_dir():
+        yield from _read_folder(Path(source), pretrained.image_size, data.max_pixels)
+    else:
+        try:
+            content = Path(source).read_bytes()
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+        yield _decode(source, content, pretrained.image_size, data.max_pixels)
+
+
+def _read_folder(folder: Path, size: int, max_pixels: int) -> Iterator[Picture]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder}: this folder holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    for path in paths:
+        try:
+            yield _decode(str(path), path.read_bytes(), size, max_pixels)
+        except (UserError, OSError) as error:
+            logger.warning("left out: %s", error)
+
+
+def _read_shards(source: str, pretrained: Pretrained, data: DataConfig) -> Iterator[Picture]:
+    eval_set = EvalSet(
+        source,
+        pretrained.tokenizer,
+        data=data,
+        image_size=pretrained.image_size,
+        context_length=pretrained.context_length,
+        batch_size=16,
+    )
+    for batch in eval_set:
+        for bad in batch.bad:
+            logger.warning("left out: %s/%s: %s", bad.shard, bad.key, bad.reason)
+        for row in batch.valid.nonzero().flatten().tolist():
+            yield Picture(batch.keys[row], batch.pixel_values[row], batch.captions[row])
+
+
+def _decode(name: str, content: bytes, size: int, max_pixels: int) -> Picture:
+    try:
+        view = images.center_view(images.decode(content, max_pixels), size)
+    except images.ImageError as error:
+        raise UserError(f"{name}: {error}") from None
+    return Picture(name, torch.from_numpy(view.copy()).permute(2, 0, 1))
+
+
+def _download(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mmscale"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise UserError(f"{url}: cannot be downloaded: {error}") from None
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise UserError(f"{url}: larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB, not taken for a picture")
+    return content
