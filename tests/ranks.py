@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mmscale.train.engine"])
+_context.set_forkserver_preload(["mmscale.train.pretraining", "transformers.generation.utils"])
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mmscale.config import Config, TrainConfig
 from mmscale.errors import UserError
-
 from mmscale.train.optimizer import build_optimizer
 from mmscale.train.state import TrainState
 

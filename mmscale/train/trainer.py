@@ -341,7 +341,10 @@ class Trainer:
                 f"tokenizer.path: {self.config.tokenizer.path} is not the tokenizer of {checkpoint.path}, which holds "
                 f"a copy of it; set tokenizer.path back, or start a new run with another run.dir"
             )
-        self.task.stream.check_state(checkpoint.manifest["stream"])
+        try:
+            self.task.stream.check_state(checkpoint.manifest["stream"])
+        except UserError as error:
+            raise UserError(f"data.train: {error}") from None
         return changes
 
     def _restore(self, checkpoint: Checkpoint, changes: list[str]) -> None:
