@@ -62,7 +62,7 @@ deepspeed --num_accelerators "$processes" --module mmscale train configs/toy.yam
     run.dir="$out/run" data.train="$out/data/train-*.tar" data.val="$out/data/val-*.tar" tokenizer.path="$out/tokenizer.model"
 
 step "5/7 Scores on held-out pictures"
-mmscale eval "$out/run" --data "$out/data/val-*.tar" --output "$out/scores.json"
+mmscale eval "$out/run" --data "$out/data/val-*.tar" --distinct-pairs 256 --output "$out/scores.json"
 
 step "6/7 Export to the Hugging Face Hub format"
 if [ -e "$out/hub/config.json" ]; then
@@ -73,7 +73,7 @@ fi
 
 step "7/7 Reload with stock transformers, caption three held-out pictures"
 python launch/try_export.py "$out/hub" "$out/data/val-00000.tar"
-mmscale caption "$out/hub" "$out/data/val-00000.tar" --limit 12 --picture "$out/captions.png" >/dev/null
+mmscale caption "$out/hub" "$out/data/val-00000.tar" --limit 16 --picture "$out/captions.png" >/dev/null
 
 cat <<END
 

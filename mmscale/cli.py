@@ -167,7 +167,44 @@ def _add_eval(verbs) -> None:
     parser.add_argument("--samples", type=int, help="only the first so many")
     parser.add_argument("--classnames", help="text file, one class name a line (default: from the shards' JSON)")
     parser.add_argument("--templates", help="text file, one prompt template a line, {} for the name")
+    parser.add_argument("--distinct-pairs", type=int, help="retrieval among so many pairs that share no caption")
+    parser.add_argument("--all-captions", action="store_true", help="retrieval with every caption of a picture")
     parser.add_argument("--output", help="JSON file for the scores")
+
+
+def _add_caption(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.evaluate.caption_command import caption_command
+
+        caption_command(
+            args.model,
+            args.images,
+            limit=args.limit,
+            output=args.output,
+            picture=args.picture,
+            beams=args.beams,
+            top_p=args.top_p,
+            temperature=args.temperature,
+            seed=args.seed,
+            batch=args.batch,
+            tokenizer=args.tokenizer,
+            ema=args.ema,
+            device=args.device,
+        )
+
+    parser = _verb(
+        verbs, "caption", run, "write captions for pictures", "mmscale caption exports/toy photo.jpg folder/"
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, folders, URLs or .tar shards")
+    parser.add_argument("--limit", type=int, help="only the first so many pictures")
+    parser.add_argument("--beams", type=int, default=1, help="beam search of this width (default: greedy)")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest words that hold this probability")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of a forward pass (default: %(default)s)")
+    parser.add_argument("--output", help="JSONL file for the captions")
+    parser.add_argument("--picture", help="PNG file with the pictures and their captions")
 
 
 def _add_export(verbs) -> None:
@@ -213,4 +250,4 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _SHARDS = "path, glob, braces or @list.txt"
-_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_export]
+_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_caption, _add_export]
