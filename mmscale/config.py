@@ -57,8 +57,18 @@ class DataConfig(Section):
     flip: bool = Field(False, description="mirror half of the pictures; wrong for captions that say left and right")
     max_pixels: PositiveInt = Field(100_000_000, description="a larger picture is a bad sample, never decoded")
     max_bad_fraction: Fraction = Field(0.01, description="the run stops when more samples than this are bad")
+    max_caption_bytes: PositiveInt = Field(32_768, description="a longer caption is a bad sample")
+    slow_sample_s: Annotated[float, Field(gt=0)] = Field(10.0, description="a sample that takes longer is named")
+    on_damaged_shard: Literal["stop", "use_rest", "skip"] = Field(
+        "stop", description="a damaged tar stops the run, gives its whole samples, or is left out"
+    )
+    allow_change: bool = Field(False, description="resume although the shards are not those of the checkpoint")
+    counts: str | None = Field(
+        None, description="manifest with each shard's number of samples, or `stats` for img2dataset's *_stats.json"
+    )
     index_dir: str | None = Field(None, description="where sidecar indexes go when a shard's folder is read-only")
     cache_dir: str | None = Field(None, description="node-wide cache for remote shards")
+    cache_gib: Annotated[float, Field(gt=0)] = Field(100.0, description="size of the cache; the least used leave it")
 
     @model_validator(mode="after")
     def _one_kind_of_source(self) -> "DataConfig":

@@ -6,6 +6,7 @@ batch. Nothing depends on which thread reads which row.
 
 import hashlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from mmscale.config import DataConfig, Paths
+from mmscale.data.captions import SampleError
 from mmscale.data.order import ORDER_VERSION, MixtureOrder, Place, StreamOrder
 from mmscale.data.paths import expand
-from mmscale.data.samples import BadSample, SampleError, SampleReader, Shards
+from mmscale.data.samples import BadSample, SampleReader
+from mmscale.data.shards import RawSample, Shards
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 
@@ -107,6 +110,7 @@ class TrainStream:
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._workers = Workers(data.workers)
+        self._slow_sample_s, self._allow_change = data.slow_sample_s, data.allow_change
         self.num_samples = self._order.num_samples
         self._shard_digests = [
             _digest(name, count, digest)
@@ -142,7 +146,10 @@ class TrainStream:
         if state["seed"] != self._seed:
             raise UserError(f"run.seed is {self._seed}, the checkpoint's is {state['seed']}: it may not change")
         if state["fingerprint"] != self.fingerprint:
-            raise UserError(f"the training data has changed since the checkpoint: {self._difference(state)}")
+            what = f"the training data has changed since the checkpoint: {self._difference(state)}"
+            if not self._allow_change:
+                raise UserError(f"{what}; data.allow_change=true goes on all the same")
+            logger.warning("%s (data.allow_change)", what)
 
     def epoch(self, samples: int) -> float:
         """Passes over the data after `samples` samples."""
@@ -167,7 +174,7 @@ class TrainStream:
         for start in range(0, len(rows), self._micro_batch):
             positions = rows[start : start + self._micro_batch]
             places = [self._order.locate(position) for position in positions]
-            builders.append(_Builder(positions, self._image_size, self._read_row, places))
+            builders.append(_Builder(positions, self._image_size, self._read_row, places, self._slow_sample_s))
         tasks = [task for builder in builders for task in builder.tasks()]
         return Plan(tasks, lambda: [builder.batch(self._pad_id, self._context_length) for builder in builders])
 
@@ -213,7 +220,7 @@ class EvalSet:
         self._reader = SampleReader(self._shards, data, tokenizer, image_size, context_length)
         self._pad_id, self._image_size, self._context_length = tokenizer.pad_id, image_size, context_length
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._num_workers = data.workers
+        self._num_workers, self._slow_sample_s = data.workers, data.slow_sample_s
 
     def __len__(self) -> int:
         """Batches of every rank."""
@@ -230,7 +237,7 @@ class EvalSet:
         rows = range(self._rank, self.num_samples, self._world_size)
         positions = rows[number * self._batch_size : (number + 1) * self._batch_size] or [NO_POSITION]
         places = [self._locate(position) for position in positions]
-        builder = _Builder(positions, self._image_size, self._read_row, places)
+        builder = _Builder(positions, self._image_size, self._read_row, places, self._slow_sample_s)
         return Plan(list(builder.tasks()), lambda: builder.eval_batch(self._pad_id, self._context_length))
 
     def _locate(self, position: int) -> Place:
@@ -306,6 +313,7 @@ class _Builder:
         image_size: int,
         read_row: Callable[["_Builder", int, Place], None],
         places: list[Place],
+        slow_sample_s: float,
     ):
         self.positions = positions
         # Channels last, as the resize leaves them: a row is copied in one piece.
@@ -318,7 +326,7 @@ class _Builder:
         self.bad: list[BadSample | None] = [None] * len(positions)
         self.records: list[dict] = [{} for _ in positions]
         self.captions: list[list[str]] = [[] for _ in positions]
-        self._read_row, self._places = read_row, places
+        self._read_row, self._places, self._slow_sample_s = read_row, places, slow_sample_s
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         for start in range(0, len(self.positions), ROWS_PER_TASK):
@@ -332,9 +340,12 @@ class _Builder:
 
     def _fill(self, start: int, stop: int) -> None:
         for row in range(start, stop):
+            begun = time.monotonic()
             self._read_row(self, row, self._places[row])
             if not self.ids[row]:
                 self.pixels[row] = 0
+            if (took := time.monotonic() - begun) > self._slow_sample_s:
+                logger.warning("%s took %.1f s to read", self.keys[row], took)
 
     def _parts(self, pad_id: int, context_length: int) -> dict:
         lengths = torch.tensor([len(ids) for ids in self.ids])
@@ -357,7 +368,7 @@ def trimmed_length(longest: int, context_length: int) -> int:
     return min(context_length, -(-(longest + 1) // 8) * 8 - 1)
 
 
-def _all_captions(sample) -> list[str]:
+def _all_captions(sample: RawSample) -> list[str]:
     texts = sample.record.get("captions")
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         return texts

@@ -5,12 +5,12 @@ lane, blocks of samples are permuted. Position p of an epoch reads lane p % lane
 one number a shard and the blocks last entered, never a table of the data set.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from mmscale.data.recent import Recent
 from mmscale.errors import UserError
 
 ORDER_VERSION = 1  # raise it with every change that moves a sample to another position
@@ -41,8 +41,8 @@ class StreamOrder:
             raise UserError("the shards hold no samples")
         self.num_samples = int(self.counts.sum())
         self.seed, self.lanes, self.block, self.stream = seed, lanes, block, stream
-        self._epochs = _Recent(3)
-        self._blocks = _Recent(2 * lanes + 16)
+        self._epochs = Recent(3)
+        self._blocks = Recent(2 * lanes + 16)
 
     def locate(self, position: int) -> Place:
         """The sample at stream position `position` >= 0."""
@@ -178,23 +178,3 @@ def _permutation(size: int, seed: int, *purpose: int) -> np.ndarray:
     key = np.array([seed, stream << 8 | kind], dtype=np.uint64)
     counter = np.array([0, *counter, *[0] * (3 - len(counter))], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(size), kind="stable")
-
-
-class _Recent:
-    """The values last used, at most `size` of them."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._values: OrderedDict[Hashable, object] = OrderedDict()
-
-    def get(self, key: Hashable) -> object | None:
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: Hashable, value: object) -> object:
-        self._values[key] = value
-        if len(self._values) > self._size:
-            self._values.popitem(last=False)
-        return value

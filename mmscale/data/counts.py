@@ -1,0 +1,67 @@
+"""How many samples each shard holds, as told by a manifest, so that no shard has to be read before the first step."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+import fsspec
+
+from mmscale.data.paths import shard_name
+from mmscale.errors import UserError
+
+STATS = "stats"
+
+
+def known_counts(source: str, shards: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """shard -> (number of samples, digest or "").
+
+    source: `stats` reads img2dataset's `NAME_stats.json` beside each shard; anything else is the path or URL of a
+    manifest: what `mmscale index --manifest` writes, a JSON list or lines of {"url", "count"}, or webdataset's
+    {"shardlist": [{"url", "nsamples"}]}. Shards are matched by their whole path first, then by their name.
+    """
+    if source == STATS:
+        return {shard: (_stats_count(shard), "") for shard in shards}
+    entries = list(_entries(source))
+    by_url = {url: found for url, *found in entries}
+    by_name = {shard_name(url): found for url, *found in entries}
+    counts = {}
+    for shard in shards:
+        found = by_url.get(shard) or by_name.get(shard_name(shard))
+        if found is None:
+            raise UserError(f"data.counts: {source} says nothing about the shard {shard}")
+        counts[shard] = (found[0], found[1])
+    return counts
+
+
+def _entries(source: str) -> Iterator[tuple[str, int, str]]:
+    text = _read(source)
+    try:
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if isinstance(content, dict) and not isinstance(
+            content := content.get("shardlist", content.get("shards")), list
+        ):
+            raise KeyError("shards")
+        for entry in content:
+            url = entry.get("url") or entry["shard"]
+            count = next(entry[name] for name in ("count", "nsamples", "num_samples") if name in entry)
+            yield str(url), int(count), str(entry.get("digest", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        raise UserError(f'data.counts: {source} is no manifest: expected a list of {{"url", "count"}}') from None
+
+
+def _stats_count(shard: str) -> int:
+    path = shard.partition("?")[0].removesuffix(".tar") + "_stats.json"
+    try:
+        return int(json.loads(_read(path))["successes"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"data.counts: {path} is not img2dataset's statistics (no `successes`)") from None
+
+
+def _read(path: str) -> str:
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.counts: {path} cannot be read: {error}") from None
