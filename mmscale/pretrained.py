@@ -4,14 +4,16 @@ Only our own classes are used: nothing that a folder brings along is executed.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mmscale.checkpoint import Checkpoint
-from mmscale.config import Config, validate
+from mmscale.config import Config, DataConfig, Section, validate
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 from mmscale.model.configuration_mmscale import MMScaleConfig
@@ -28,13 +30,21 @@ class Pretrained:
     Attributes:
         model: in evaluation mode, on the device asked for.
         path: the checkpoint or exported folder that it came from.
-        facts: of its training, as far as they are known (`step`, `samples`, `config`, ...).
+        run: the configuration it was trained with; None for an exported folder.
+        step, samples: how far its training had come; None for an exported folder.
     """
 
     model: MMScaleModel
     tokenizer: Tokenizer
     path: Path
-    facts: dict[str, Any] = field(default_factory=dict)
+    run: Config | None = None
+    step: int | None = None
+    samples: int | None = None
+
+    @property
+    def data(self) -> DataConfig:
+        """How its run read shards; the defaults for an exported folder."""
+        return self.run.data if self.run else DataConfig()
 
     @property
     def image_size(self) -> int:
@@ -91,8 +101,8 @@ def checkpoint_model_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> MMS
 
 
 def run_config(checkpoint: Checkpoint) -> Config:
-    """The configuration of the run that wrote a checkpoint."""
-    return validate(checkpoint.config, Config, f"{checkpoint.path}: the run's configuration")
+    """The configuration of the run that wrote a checkpoint; settings that only another version knew are left out."""
+    return validate(_known(checkpoint.config, Config), Config, f"{checkpoint.path}: the run's configuration")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None:
@@ -104,6 +114,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None
         )
 
 
+def _known(raw: dict[str, Any], schema: type[Section]) -> dict[str, Any]:
+    known = {key: value for key, value in raw.items() if key in schema.model_fields}
+    for key, value in known.items():
+        kind = schema.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
+            known[key] = _known(value, kind)
+    return known
+
+
 def _load_checkpoint(path: Path, tokenizer_path: Path | None, ema: bool) -> Pretrained:
     checkpoint = Checkpoint.open(path)
     tokenizer = Tokenizer.load(tokenizer_path or checkpoint.tokenizer_path)
@@ -111,8 +130,7 @@ def _load_checkpoint(path: Path, tokenizer_path: Path | None, ema: bool) -> Pret
     if ema and not checkpoint.names("ema"):
         raise UserError(f"{checkpoint.path}: holds no averaged weights; leave out the option for them")
     model.load_state_dict(checkpoint.load_model_tensors(ema=ema))
-    facts = {key: checkpoint.manifest[key] for key in ("step", "samples", "config") if key in checkpoint.manifest}
-    return Pretrained(model, tokenizer, checkpoint.path, facts)
+    return Pretrained(model, tokenizer, checkpoint.path, run_config(checkpoint), checkpoint.step, checkpoint.samples)
 
 
 def _load_exported(path: Path, tokenizer_path: Path | None, ema: bool) -> Pretrained:
@@ -125,9 +143,15 @@ def _load_exported(path: Path, tokenizer_path: Path | None, ema: bool) -> Pretra
     if ema:
         raise UserError(f"{path}: an exported folder holds one set of weights; averaged ones are chosen when exporting")
     tokenizer = Tokenizer.load(tokenizer_path or path / EXPORTED_TOKENIZER)
+    model = MMScaleModel(MMScaleConfig.from_pretrained(path, local_files_only=True))
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        model = MMScaleModel.from_pretrained(path, local_files_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+        for file in sorted(path.glob("*.safetensors")):
+            tensors |= load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights cannot be read: {error}") from None
+    if missing := model.state_dict().keys() - tensors.keys():
+        raise UserError(f"{path}: the weights lack `{sorted(missing)[0]}` ({len(missing)} tensors in all)")
+    model.to(model.config.dtype).load_state_dict(tensors)
     check_vocabulary(tokenizer, model.config.vocab_size, path)
     return Pretrained(model, tokenizer, path)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmscale
-from mmscale.config import DataConfig, EvalConfig, Paths, validate
+from mmscale.config import EvalConfig, Paths, validate
 from mmscale.data.loader import EvalSet
 from mmscale.errors import UserError
 from mmscale.evaluate.ranks import launched_ranks, rank_and_world_size
@@ -61,18 +61,17 @@ def evaluate_command(
 
 def eval_config(pretrained: Pretrained, settings: dict[str, Any] | None = None) -> EvalConfig:
     """The `eval` section of the run that trained the model (the defaults, for an exported folder) under `settings`."""
-    own = pretrained.facts.get("config", {}).get("eval", {})
-    return validate(own | (settings or {}), EvalConfig, "eval")
+    own = pretrained.run.eval if pretrained.run else EvalConfig()
+    return validate(own.model_dump() | (settings or {}), EvalConfig, "eval")
 
 
 def open_split(pretrained: Pretrained, shards: Paths, config: EvalConfig) -> EvalSet:
     """A split, read as the model's run read its own (names of members, pixel limits)."""
-    own = pretrained.facts.get("config", {}).get("data", {})
     rank, world_size = rank_and_world_size()
     return EvalSet(
         shards,
         pretrained.tokenizer,
-        data=validate(own, DataConfig, "data"),
+        data=pretrained.data,
         image_size=pretrained.image_size,
         context_length=pretrained.context_length,
         batch_size=config.batch,
@@ -99,7 +98,7 @@ def _write_scores(
         "scores": evaluation.scores,
         "data": shards if isinstance(shards, str) else " ".join(shards),
         "model": str(pretrained.path),
-        "samples_trained_on": pretrained.facts.get("samples"),
+        "samples_trained_on": pretrained.samples,
         "tokenizer_sha256": pretrained.tokenizer.fingerprint,
         "settings": config.model_dump(mode="json"),
         "environment": {

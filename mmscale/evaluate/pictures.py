@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmscale.config import DataConfig, validate
 from mmscale.data import images
 from mmscale.data.loader import EvalSet
 from mmscale.errors import UserError
@@ -51,8 +50,7 @@ def read_pictures(sources: Sequence[str], pretrained: Pretrained, limit: int | N
     Raises:
         UserError: a source that is not there, or a picture named by the user that cannot be decoded.
     """
-    data = validate(pretrained.facts.get("config", {}).get("data", {}), DataConfig, "data")
-    found = (picture for source in sources for picture in _read_source(str(source), pretrained, data))
+    found = (picture for source in sources for picture in _read_source(str(source), pretrained))
     return islice(found, limit)
 
 
@@ -62,19 +60,20 @@ def batched(pictures: Iterator[Picture], size: int) -> Iterator[tuple[list[Pictu
         yield batch, torch.stack([picture.pixels for picture in batch])
 
 
-def _read_source(source: str, pretrained: Pretrained, data: DataConfig) -> Iterator[Picture]:
+def _read_source(source: str, pretrained: Pretrained) -> Iterator[Picture]:
+    size, max_pixels = pretrained.image_size, pretrained.data.max_pixels
     if source.split("?")[0].endswith(".tar"):
-        yield from _read_shards(source, pretrained, data)
+        yield from _read_shards(source, pretrained)
     elif source.startswith(("http://", "https://")):
-        yield _decode(source, _download(source), pretrained.image_size, data.max_pixels)
+        yield _decode(source, _download(source), size, max_pixels)
     elif Path(source).is_dir():
-        yield from _read_folder(Path(source), pretrained.image_size, data.max_pixels)
+        yield from _read_folder(Path(source), size, max_pixels)
     else:
         try:
             content = Path(source).read_bytes()
         except OSError as error:
             raise UserError(f"{source}: cannot be read: {error.strerror}") from None
-        yield _decode(source, content, pretrained.image_size, data.max_pixels)
+        yield _decode(source, content, size, max_pixels)
 
 
 def _read_folder(folder: Path, size: int, max_pixels: int) -> Iterator[Picture]:
@@ -88,11 +87,11 @@ def _read_folder(folder: Path, size: int, max_pixels: int) -> Iterator[Picture]:
             logger.warning("left out: %s", error)
 
 
-def _read_shards(source: str, pretrained: Pretrained, data: DataConfig) -> Iterator[Picture]:
+def _read_shards(source: str, pretrained: Pretrained) -> Iterator[Picture]:
     eval_set = EvalSet(
         source,
         pretrained.tokenizer,
-        data=data,
+        data=pretrained.data,
         image_size=pretrained.image_size,
         context_length=pretrained.context_length,
         batch_size=16,
