@@ -6,6 +6,7 @@ are not. Causal attention is counted in full, which is what the usual definition
 """
 
 from .configuration_mmscale import MMScaleConfig
+from .layers import cross_attention_flops, few_queries
 
 
 def forward_flops(
@@ -69,12 +70,9 @@ def decoder_flops(config: MMScaleConfig, tokens: float) -> float:
     if not decoder.layers:
         return 0.0
     seen = config.vision_config.pooler_queries - 1
-    cross_block = (
-        2 * _linear(tokens, width, width)
-        + _linear(seen, config.embed_dim, 2 * width)
-        + _attention(tokens, seen, width)
-        + _mlp(tokens, width, decoder.mlp_ratio)
-    )
+    sizes = (tokens, seen, width, config.embed_dim, decoder.heads)
+    mixing = cross_attention_flops(*sizes)["absorbed" if few_queries(*sizes) else "keys_values"]
+    cross_block = 2 * _linear(tokens, width, width) + mixing + _mlp(tokens, width, decoder.mlp_ratio)
     layers = decoder.layers * (_block(tokens, width, decoder.mlp_ratio) + cross_block)
     return layers + _linear(tokens, width, config.vocab_size)
 

@@ -1,11 +1,14 @@
 """The layers that the towers are stacked from: attention, feed-forward, blocks, the attentional pooler.
 
+Texts of a batch differ in length. Everything that works token by token runs on the real tokens of all texts in one row
+(`Packing`); only attention sees the padded rectangle.
+
 Every parameter is read only inside the forward of the module that owns it, so that sharded training (ZeRO-3), which
 gathers a module's parameters around its forward, works however the parts are called.
 """
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +16,65 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+from .feed_forward import MLP, init_linear
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU that SigLIP was trained with."""
-    return F.gelu(x, approximate="tanh")
+class Packing(NamedTuple):
+    """Where the real tokens are in a padded batch.
+
+    `index` holds their places in the flattened batch [batch * length], in rising order.
+    """
+
+    index: Tensor
+    batch: int
+    length: int
+
+    @classmethod
+    def of(cls, real: Tensor) -> "Packing":
+        """From a boolean [batch, length], True at real tokens. Waits for the device, so better made on the host."""
+        return cls(real.flatten().nonzero().squeeze(1), *real.shape)
+
+    def to(self, device: torch.device) -> "Packing":
+        return self._replace(index=self.index.to(device, non_blocking=True))
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[batch, length, ...] to [tokens, ...]."""
+        return _Pack.apply(padded, self.index)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[tokens, ...] to [batch, length, ...], zeros elsewhere."""
+        return _Pad.apply(packed, self.index, self.batch, self.length)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "gelu_tanh": gelu_tanh}
+class _Pack(torch.autograd.Function):
+    """No place occurs twice, so the gradient is a plain copy, which PyTorch's own indexing cannot know."""
+
+    @staticmethod
+    def forward(ctx, padded, index):
+        ctx.save_for_backward(index)
+        ctx.shape = padded.shape[:2]
+        return padded.flatten(0, 1)[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _scatter(grad, *ctx.saved_tensors, *ctx.shape), None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed, index, batch, length):
+        ctx.save_for_backward(index)
+        return _scatter(packed, index, batch, length)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.flatten(0, 1)[ctx.saved_tensors[0]], None, None, None
+
+
+def _scatter(packed: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
+    padded = packed.new_zeros(batch * length, *packed.shape[1:])
+    padded[index] = packed
+    return padded.unflatten(0, (batch, length))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -77,19 +127,79 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, cache: Cache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: Cache | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[batch, tokens, width] to the same, and the attention weights where the implementation gives them."""
-        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        """[batch, tokens, width] (or packed) to the same, and the attention weights where `attend` gives them."""
+        qkv = self.qkv(x)
+        if packing is not None:
+            qkv = packing.pad(qkv)
+        query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         mixed, weights = attend(query, key, value, mask, causal, self.config._attn_implementation)
-        return self.out(mixed), weights
+        return self.out(mixed if packing is None else packing.pack(mixed)), weights
 
     def reset_parameters(self):
         width = self.out.in_features
-        _init_linear(self.qkv, width**-0.5)
-        _init_linear(self.out, (2 * self.depth * width) ** -0.5)
+        init_linear(self.qkv, width**-0.5)
+        init_linear(self.out, (2 * self.depth * width) ** -0.5)
+
+
+class PictureKeyValue(nn.Module):
+    """Layer norm of the picture tokens and their projection to keys and values, as one linear map.
+
+    The norm's statistics are the same in every layer, so its input comes here already standardised, once for the whole
+    decoder; what is a layer's own, the norm's gain and shift, is folded into the projection.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_weight = nn.Parameter(torch.empty(context_width))
+        self.norm_bias = nn.Parameter(torch.empty(context_width))
+        self.weight = nn.Parameter(torch.empty(2 * width, context_width))  # keys above values
+        self.bias = nn.Parameter(torch.empty(2 * width))
+
+    def forward(self, context: Tensor, query: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """Keys and values, or with `query` the outcome of attention without making keys and values.
+
+        Args:
+            context: [pictures, picture tokens, context width], standardised.
+            query: [pictures, queries, width].
+
+        Returns:
+            Keys and values, each [pictures, heads, picture tokens, head width]; or [pictures, queries, width].
+        """
+        weight = self.weight * self.norm_weight
+        bias = self.bias + self.weight @ self.norm_bias
+        if query is not None:
+            return self._attend(context, query, weight, bias)
+        key, value = F.linear(context, weight, bias).chunk(2, dim=-1)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def _attend(self, context: Tensor, query: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(q W_k) x instead of q (W_k x), and W_v (p x) instead of p (W_v x): a few queries are projected to the
+        context's width rather than many picture tokens to the heads'. The bias of the keys adds the same to all scores
+        of a query and drops out.
+        """
+        key_weight, value_weight = weight.unflatten(0, (2, self.heads, -1))  # each [heads, head width, context width]
+        query = query.unflatten(-1, (self.heads, -1)) * key_weight.shape[1] ** -0.5
+        query = torch.einsum("pthd,hdc->pthc", query, key_weight).flatten(1, 2)
+        weights = (query @ context.transpose(1, 2)).softmax(-1)
+        mixed = (weights.to(context.dtype) @ context).unflatten(1, (-1, self.heads))
+        mixed = torch.einsum("pthc,hdc->pthd", mixed, value_weight).flatten(2)
+        return mixed + bias.chunk(2)[1]
+
+    def reset_parameters(self):
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.bias)
 
 
 class CrossAttention(nn.Module):
@@ -98,48 +208,58 @@ class CrossAttention(nn.Module):
     def __init__(self, config, width: int, context_width: int, heads: int, depth: int):
         super().__init__()
         self.config, self.heads, self.depth = config, heads, depth
-        self.norm_context = nn.LayerNorm(context_width, eps=config.layer_norm_eps)
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(context_width, 2 * width)
+        self.key_value = PictureKeyValue(width, context_width, heads)
         self.out = nn.Linear(width, width)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """[pictures, tokens, context width] to keys and values, each [pictures, heads, tokens, head width]."""
-        key, value = self.key_value(self.norm_context(context)).chunk(2, dim=-1)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        key_value: tuple[Tensor, Tensor] | None = None,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, tokens, width] (or packed) to the same; see `CrossBlock.forward`."""
+        query = self.query(x)
+        if packing is not None:
+            query = packing.pad(query)
+        mixed, weights = self._mix(query, context, key_value)
+        return self.out(mixed if packing is None else packing.pack(mixed)), weights
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[batch, tokens, width] to the same. `batch` is a multiple of the pictures when several beams share one."""
-        batch, pictures = x.shape[0], key.shape[0]
+    def _mix(
+        self, query: Tensor, context: Tensor | None, key_value: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = self.config._attn_implementation
+        if key_value is None:
+            few = few_queries(query.shape[1], context.shape[1], query.shape[2], context.shape[2], self.heads)
+            if few and implementation != "eager":
+                return self.key_value(context, query), None
+            key_value = self.key_value(context)
+        key, value = key_value
+        batch, pictures = query.shape[0], key.shape[0]
         # Attention to a picture has no order, so the beams of a picture are more queries to the same keys.
-        query = split_heads(self.query(x).view(pictures, -1, x.shape[-1]), self.heads)
-        mixed, weights = attend(query, key, value, None, False, self.config._attn_implementation)
-        return self.out(mixed.view(batch, -1, mixed.shape[-1])), weights
+        query = split_heads(query.reshape(pictures, -1, query.shape[-1]), self.heads)
+        mixed, weights = attend(query, key, value, None, False, implementation)
+        return mixed.reshape(batch, -1, mixed.shape[-1]), weights
 
     def reset_parameters(self):
         width = self.out.in_features
-        _init_linear(self.query, width**-0.5)
-        _init_linear(self.key_value, self.key_value.in_features**-0.5)
-        _init_linear(self.out, (2 * self.depth * width) ** -0.5)
+        init_linear(self.query, width**-0.5)
+        init_linear(self.out, (2 * self.depth * width) ** -0.5)
 
 
-class MLP(nn.Module):
-    """Two linear layers with an activation between them."""
+def cross_attention_flops(queries: float, keys: float, width: int, context_width: int, heads: int) -> dict[str, float]:
+    """What `CrossAttention` costs between its query and output projections: with keys and values, and without."""
+    return {
+        "keys_values": 4.0 * keys * context_width * width + 4.0 * queries * keys * width,
+        "absorbed": 4.0 * queries * width * context_width + 4.0 * queries * heads * keys * context_width,
+    }
 
-    def __init__(self, config, width: int, mlp_ratio: float, depth: int):
-        super().__init__()
-        self.depth = depth
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(width, int(width * mlp_ratio))
-        self.down = nn.Linear(int(width * mlp_ratio), width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
-
-    def reset_parameters(self):
-        width = self.up.in_features
-        _init_linear(self.up, (2 * width) ** -0.5)
-        _init_linear(self.down, (2 * self.depth * width) ** -0.5)
+def few_queries(queries: float, keys: float, width: int, context_width: int, heads: int) -> bool:
+    """Whether making keys and values costs clearly more than attending without them."""
+    flops = cross_attention_flops(queries, keys, width, context_width, heads)
+    return flops["absorbed"] < 0.8 * flops["keys_values"]
 
 
 class Block(GradientCheckpointingLayer):
@@ -153,13 +273,18 @@ class Block(GradientCheckpointingLayer):
         self.norm_1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = SelfAttention(config, width, heads, depth, layer_idx)
         self.norm_2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config, width, mlp_ratio, depth)
+        self.mlp = MLP(width, mlp_ratio, config.activation, depth)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, past_key_values: Cache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        past_key_values: Cache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """[batch, tokens, width] to the same; `mask`, `causal` as in `attend`."""
-        x = x + self.attention(self.norm_1(x), mask, causal, past_key_values)[0]
+        """[batch, tokens, width], or packed [tokens, width], to the same; `mask` and `causal` as in `attend`."""
+        x = x + self.attention(self.norm_1(x), mask, causal, past_key_values, packing)[0]
         return x + self.mlp(self.norm_2(x))
 
 
@@ -171,14 +296,22 @@ class CrossBlock(GradientCheckpointingLayer):
         self.norm_1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = CrossAttention(config, width, context_width, heads, depth)
         self.norm_2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config, width, mlp_ratio, depth)
+        self.mlp = MLP(width, mlp_ratio, config.activation, depth)
 
     def forward(
-        self, x: Tensor, image_tokens: Tensor | None, keys_values: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        key_value: tuple[Tensor, Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """[batch, tokens, width] to the same, from the picture tokens or from keys and values made of them before."""
-        key, value = keys_values if keys_values is not None else self.attention.keys_values(image_tokens)
-        x = x + self.attention(self.norm_1(x), key, value)[0]
+        """[batch, tokens, width], or packed [tokens, width], to the same.
+
+        Args:
+            context: [pictures, picture tokens, context width], standardised; or None and
+            key_value: what `PictureKeyValue` made of it. The batch may hold several texts (beams) of each picture.
+        """
+        x = x + self.attention(self.norm_1(x), context, key_value, packing)[0]
         return x + self.mlp(self.norm_2(x))
 
 
@@ -208,44 +341,6 @@ class AttentionalPooler(nn.Module):
     def reset_parameters(self):
         width = self.out.in_features
         nn.init.normal_(self.queries)
-        _init_linear(self.query, width**-0.5)
-        _init_linear(self.key_value, self.key_value.in_features**-0.5)
-        _init_linear(self.out, width**-0.5)
-
-
-def kept_patches(positions: Tensor, num_patches: int, keep: int, seed: int) -> Tensor:
-    """Which patches survive patch dropout: a pure function of (seed, position of the sample in the stream).
-
-    A 64-bit mixing function (the finaliser of splitmix64, http://xoshiro.di.unimi.it/splitmix64.c) ranks the patches of
-    every sample, and the `keep` smallest stay. Integer arithmetic gives the same answer on every device.
-
-    Args:
-        positions: int64 [batch].
-
-    Returns:
-        int64 [batch, keep], in rising order.
-    """
-    patch = torch.arange(num_patches, device=positions.device)
-    x = _mix64(positions + _mix64(torch.tensor(seed, device=positions.device)))
-    x = _mix64(x[:, None] + (patch + 1) * _GOLDEN_GAMMA)
-    return x.argsort(dim=1)[:, :keep].sort(dim=1).values
-
-
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit integers, which wrap around as unsigned ones do
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's shifts of signed integers copy the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _init_linear(linear: nn.Linear, std: float):
-    nn.init.normal_(linear.weight, std=std)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+        init_linear(self.query, width**-0.5)
+        init_linear(self.key_value, self.key_value.in_features**-0.5)
+        init_linear(self.out, width**-0.5)

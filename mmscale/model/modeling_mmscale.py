@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 from .configuration_mmscale import MMScaleConfig
 from .generation import CaptionGenerationMixin, Pictures
 from .head import VocabularyHead
-from .layers import AttentionalPooler, Block, CrossBlock, kept_patches, lower_right_causal_mask
+from .layers import AttentionalPooler, Block, CrossBlock, Packing, lower_right_causal_mask
+from .patch_dropout import kept_patches
 
 
 @dataclass
@@ -166,6 +167,7 @@ class TextTower(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Embedding [batch, embed_dim], not normalised, and token states [batch, length, width].
 
@@ -175,6 +177,8 @@ class TextTower(nn.Module):
             positions: rows of the position table, [length] or [batch, length]; from 0 on when None.
             mask: as in `attend`, instead of plain causal attention; without `lengths` only.
             past_key_values: the cache; without `lengths` only.
+            packing: where tokens, and CLS if there are `lengths`, are in [batch, length (+ 1)]; nothing is computed for
+                other places, and their states are 0.
         """
         length = input_ids.shape[1]
         if positions is None:
@@ -191,8 +195,12 @@ class TextTower(nn.Module):
             cls_row = (self.cls_token + table[-1]).to(x.dtype)
             after_last = torch.arange(length + 1, device=x.device) == lengths[:, None]
             x = torch.where(after_last[..., None], cls_row, F.pad(x, (0, 0, 0, 1)))
+        if packing is not None:
+            x = packing.pack(x)
         for block in self.blocks:
-            x = block(x, mask, mask is None, past_key_values)
+            x = block(x, mask, mask is None, past_key_values, packing)
+        if packing is not None:
+            x = packing.pad(x)
         if lengths is None:
             return None, x
         return self._embedding(x[torch.arange(x.shape[0], device=x.device), lengths]), x[:, :length]
@@ -245,7 +253,11 @@ class Decoder(nn.Module):
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's keys and values of a picture, for decoding many steps."""
-        return [block.attention.keys_values(image_tokens) for block in self.cross_blocks]
+        context = self._standardise(image_tokens)
+        return [block.attention.key_value(context) for block in self.cross_blocks]
+
+    def _standardise(self, image_tokens: Tensor) -> Tensor:
+        return F.layer_norm(image_tokens, image_tokens.shape[-1:], eps=self.config.layer_norm_eps)
 
     def forward(
         self,
@@ -254,16 +266,19 @@ class Decoder(nn.Module):
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """[batch, length, width] to the same; `decoder.head` makes logits of it.
 
         Args:
             image_tokens: [pictures, picture tokens, embed_dim]; or None and `keys_values` made of them before.
+            packing: the tokens that are wanted; the result is then packed, [tokens, width].
         """
-        x = text_tokens
+        x = text_tokens if packing is None else packing.pack(text_tokens)
+        context = self._standardise(image_tokens) if keys_values is None else None
         for layer, (block, cross_block) in enumerate(zip(self.blocks, self.cross_blocks, strict=True)):
-            x = block(x, mask, mask is None, past_key_values)
-            x = cross_block(x, image_tokens, keys_values[layer] if keys_values is not None else None)
+            x = block(x, mask, mask is None, past_key_values, packing)
+            x = cross_block(x, context, keys_values[layer] if keys_values is not None else None, packing)
         return self.norm_final(x)
 
     def reset_parameters(self):

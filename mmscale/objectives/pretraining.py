@@ -13,7 +13,7 @@ gradient into the parameters, one micro-batch at a time (https://arxiv.org/abs/2
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from mmscale.config import ObjectiveConfig
 from mmscale.errors import UserError
+from mmscale.model.layers import Packing
 from mmscale.model.modeling_mmscale import MMScaleModel
-from mmscale.objectives.captioning import caption_loss, count_targets
+from mmscale.objectives.captioning import caption_loss, count_predicted, predicted_tokens
 from mmscale.objectives.collectives import sum_over_ranks, world_size
 from mmscale.objectives.contrastive import contrastive_loss
 
@@ -71,6 +72,8 @@ class PretrainingObjective(nn.Module):
         lengths: Tensor,
         valid: Tensor,
         positions: Tensor,
+        encoded: Packing | None = None,
+        predicted: Packing | None = None,
         num_valid: Tensor | None = None,
         num_tokens: Tensor | None = None,
         embedding_gradients: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -80,6 +83,8 @@ class PretrainingObjective(nn.Module):
 
         Args:
             pixel_values, input_ids, lengths, valid, positions: the fields of a `Batch`, on the model's device.
+            encoded, predicted: the tokens that the text tower and the decoder have to compute; None for all of them.
+                `packings` makes them.
             num_valid, num_tokens: valid pairs and predicted tokens of the global batch, at least 1.
             embedding_gradients: of the summed contrastive loss, with respect to this micro-batch's picture and text
                 embeddings [batch, embed_dim] and its part of that of the logit scale and bias [2]. They stand in for
@@ -96,11 +101,11 @@ class PretrainingObjective(nn.Module):
             pixel_values, keep, embed=self.contrastive, tokens=self.caption and not embed_only
         )
         if self.contrastive:
-            text_embeds, text_tokens = model.text(input_ids, lengths)
+            text_embeds, text_tokens = model.text(input_ids, lengths, packing=encoded)
             image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
             scale_bias = model.logit_scale()
         else:
-            _, text_tokens = model.text(input_ids[:, :-1])
+            _, text_tokens = model.text(input_ids[:, :-1], packing=encoded)
         if embed_only:
             return image_embeds, text_embeds, scale_bias
 
@@ -120,19 +125,32 @@ class PretrainingObjective(nn.Module):
             loss = loss + self.objective.contrastive_weight * contrastive_sum / num_valid
         if self.caption:
             length = input_ids.shape[1] - 1  # the last token predicts nothing
-            hidden = model.decoder(text_tokens[:, :length], image_tokens)
+            hidden = model.decoder(text_tokens[:, :length], image_tokens, packing=predicted)
             caption_sum = caption_loss(
                 model.decoder.head,
                 hidden,
                 input_ids,
-                lengths,
-                valid,
+                predicted,
                 self.objective.label_smoothing,
                 self.objective.z_loss,
             )
             loss = loss + self.objective.caption_weight * caption_sum / num_tokens
         scale = scale_bias[0].detach() if self.contrastive else zero
         return loss * world_size(), contrastive_sum.detach(), caption_sum.detach(), scale
+
+    def packings(self, batch: "Batch") -> dict[str, Packing | None]:
+        """`encoded` and `predicted` of `forward`. On the host they are made without waiting for the device."""
+        length = batch.input_ids.shape[1]
+        predicted = predicted_tokens(batch.lengths, batch.valid, length)
+        encoded = predicted
+        if self.contrastive:  # all tokens, and CLS after the last
+            encoded = torch.arange(length + 1, device=batch.lengths.device) <= batch.lengths[:, None]
+        if self.contrastive and self.model.config.legacy_cls_mask:
+            encoded = torch.ones_like(encoded)
+        return {
+            name: None if bool(real.all()) else Packing.of(real)
+            for name, real in (("encoded", encoded), ("predicted", predicted))
+        }
 
 
 def forward_backward(
@@ -157,21 +175,19 @@ def forward_backward(
         torch.stack(
             [
                 sum(batch.valid.sum() for batch in micro_batches),
-                sum(count_targets(batch.lengths, batch.valid) for batch in micro_batches),
+                sum(count_predicted(batch.lengths, batch.valid) for batch in micro_batches),
             ]
         ).to(device)
     )
     num_valid, num_tokens = counts.clamp(min=1).unbind()
     cached = objective.contrastive and objective.objective.negatives == "global" and len(micro_batches) > 1
     if cached:
-        contrastive_sum, gradients = _embedding_gradients(
-            module, objective.objective.contrastive, micro_batches, device
-        )
+        contrastive_sum, gradients = _embedding_gradients(module, objective, micro_batches, device)
     sums = torch.zeros(2, device=device)
     scale = None
     for index, batch in enumerate(micro_batches):
         loss, contrastive_part, caption_part, scale = module(
-            **_inputs(batch, device),
+            **_inputs(objective, batch, device),
             num_valid=num_valid,
             num_tokens=num_tokens,
             embedding_gradients=gradients[index] if cached else None,
@@ -193,15 +209,15 @@ def forward_backward(
 
 
 def _embedding_gradients(
-    module: nn.Module, kind: str, micro_batches: "list[Batch]", device: torch.device
+    module: nn.Module, objective: PretrainingObjective, micro_batches: "list[Batch]", device: torch.device
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """The summed contrastive loss of this rank, and its gradients for each micro-batch (see `forward`)."""
     with torch.no_grad():
-        embedded = [module(**_inputs(batch, device), embed_only=True) for batch in micro_batches]
+        embedded = [module(**_inputs(objective, batch, device), embed_only=True) for batch in micro_batches]
     image, text = (torch.cat([item[i].float() for item in embedded]).requires_grad_() for i in (0, 1))
     scale_bias = embedded[0][2].detach().requires_grad_()
     valid = torch.cat([batch.valid for batch in micro_batches]).to(device)
-    loss = contrastive_loss(kind, image, text, scale_bias, valid)
+    loss = contrastive_loss(objective.objective.contrastive, image, text, scale_bias, valid)
     d_image, d_text, d_scale_bias = torch.autograd.grad(loss, (image, text, scale_bias))
     sizes = [len(batch.valid) for batch in micro_batches]
     d_scale_bias /= len(micro_batches)  # each backward carries its part
@@ -211,6 +227,10 @@ def _embedding_gradients(
     ]
 
 
-def _inputs(batch: "Batch", device: torch.device) -> dict[str, Tensor]:
+def _inputs(objective: PretrainingObjective, batch: "Batch", device: torch.device) -> dict[str, Any]:
     names = ("pixel_values", "input_ids", "lengths", "valid", "positions")
-    return {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+    packings = {
+        name: packing.to(device) if packing is not None else None for name, packing in objective.packings(batch).items()
+    }
+    return tensors | packings
