@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mmscale.train.pretraining", "transformers.generation.utils"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["mmscale.train.pretraining", "transformers.generation.utils"])
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -22,8 +22,8 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float 
         port = probe.getsockname()[1]
     processes, pipes = [], []
     for rank in range(world_size):
-        here, there = _context.Pipe()
-        process = _context.Process(target=_run, args=(there, rank, world_size, port, function, args), daemon=True)
+        here, there = context.Pipe()
+        process = context.Process(target=_run, args=(there, rank, world_size, port, function, args), daemon=True)
         process.start()
         there.close()
         processes.append(process)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,9 +68,10 @@ class Processes:
 
 def start_processes() -> Processes:
     """Joins the other ranks; a process group that is already there is used."""
-    # DeepSpeed would otherwise compile a shared-memory all-reduce for the CPU, for more than a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would otherwise probe for a compiler, and compile a shared-memory all-reduce for more than a minute.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names DeepSpeed uses
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()

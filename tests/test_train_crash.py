@@ -1,0 +1,26 @@
+"""The bounded version of the crash test; `python tests/crash.py --kills 50` is the long one."""
+
+import pytest
+from crash import crash, make_data, verify
+
+pytestmark = pytest.mark.slow
+
+STEPS = 36
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_data(folder)
+    crash(folder, STEPS, 0, same_shape=True)
+    return folder
+
+
+@pytest.mark.parametrize("same_shape", [True, False], ids=["same_shape", "any_shape"])
+def test_a_run_that_is_killed_over_and_over_ends_like_one_left_alone(undisturbed, tmp_path, same_shape):
+    make_data(tmp_path)
+    attempts = crash(tmp_path, STEPS, 4, seed=1, same_shape=same_shape)
+    assert any(attempt.killed for attempt in attempts)
+    verify(tmp_path, undisturbed, STEPS, attempts, exact=same_shape)
+    # One dead rank ends the others within seconds.
+    assert max(attempt.others_ended_s for attempt in attempts) < 10
