@@ -30,6 +30,10 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     save_every: PositiveInt | None = Field(None, description="samples between checkpoints; at the end only when unset")
     keep_last: PositiveInt = Field(3, description="whole checkpoints that are kept")
+    keep_every: PositiveInt | None = Field(None, description="samples; the first checkpoint past each multiple stays")
+    on_save_error: Literal["warn", "stop"] = Field("warn", description="whether training outlives a save that failed")
+    max_minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="then save and leave with code 75")
+    hang_s: Annotated[float, Field(gt=0)] = Field(600.0, description="without a step for so long, the job is ended")
     deterministic: bool = Field(False, description="deterministic GPU kernels: slower, resumes bit for bit")
 
 
@@ -145,6 +149,16 @@ class OptimConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     warmup_samples: NonNegativeInt = 0
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="wsd: constant, then a decay at the end"
+    )
+    decay_fraction: Fraction = Field(0.2, description="of the run, for the decay of `wsd`")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="of the rate, for each block further down"
+    )
+    name: Literal["adamw", "muon"] = "adamw"
+    muon_lr: Annotated[float, Field(gt=0)] = Field(0.02, description="peak rate of the matrices that Muon steps")
+    muon_momentum: Fraction = 0.95
 
 
 class TrainConfig(Section):
@@ -155,6 +169,13 @@ class TrainConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     grad_clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 turns clipping off")
     freeze: list[str] = Field([], description="parts that are not trained: vision, text, decoder, ...")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="to host memory; `all`: parameters too")
+    grad_dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="gradients are summed in; with bf16_params only"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="keeps averaged weights, too")
+    max_skips: PositiveInt = Field(20, description="skipped updates in a row that end the run")
+    skip_spikes: bool = Field(False, description="skip an update whose loss or gradient norm leaps out of the last 128")
 
 
 class EvalConfig(Section):
@@ -173,6 +194,7 @@ class EvalConfig(Section):
 class LogConfig(Section):
     every: PositiveInt = Field(10, description="optimizer steps between metrics lines")
     wandb: Literal["online", "offline", "off"] = "off"
+    tensorboard: bool = Field(False, description="event files in run.dir/tensorboard")
 
 
 class Config(Section):
