@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import sentencepiece
 from mmscale.errors import UserError
 
 PAD_ID, UNK_ID, START_ID, END_ID = range(4)
+TRAINING_THREADS = 16  # the model depends on their number: the same everywhere gives the same file everywhere
 
 
 class Tokenizer:
@@ -37,7 +39,9 @@ class Tokenizer:
         try:
             tokenizer = cls(path, data)
         except RuntimeError:
-            raise UserError(f"tokenizer.path: {path} is not a SentencePiece model") from None
+            tokenizer = None
+        if tokenizer is None or tokenizer.vocab_size == 0:
+            raise UserError(f"tokenizer.path: {path} is not a SentencePiece model")
         if min(tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id) < 0:
             raise UserError(
                 f"tokenizer.path: {path} lacks a padding, start or end piece; train one with `mmscale tokenizer`"
@@ -54,18 +58,20 @@ class Tokenizer:
         return self._processor.decode([int(i) for i in ids if int(i) not in marks])
 
 
-def train_tokenizer(
-    captions: Iterable[str], out: str | Path, vocab_size: int, *, threads: int | None = None, log: bool = False
-) -> Tokenizer:
+def train_tokenizer(captions: Iterable[str], out: str | Path, vocab_size: int, *, log: bool = False) -> Tokenizer:
     """Trains a model on captions and writes it to `out`, whole or not at all.
 
     Unigram with byte fallback; text is not normalised beyond white space. Ids: padding 0, unknown 1, start 2, end 3.
     Raises UserError when the captions are too few for the vocabulary.
     """
     model = io.BytesIO()
+    captions = iter(captions)
+    first = next(captions, None)
+    if first is None:
+        raise UserError("there are no captions to train a tokenizer on")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            sentence_iterator=itertools.chain([first], captions),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
@@ -80,7 +86,7 @@ def train_tokenizer(
             eos_id=END_ID,
             pad_piece="<pad>",
             hard_vocab_limit=False,
-            num_threads=threads or min(16, os.cpu_count() or 1),
+            num_threads=TRAINING_THREADS,
             minloglevel=0 if log else 2,
         )
     except RuntimeError as error:
