@@ -43,7 +43,7 @@ def write_checkpoint(run: Path, step: int = 3, ema: bool = False, **sections) ->
     """
     run.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(WORDS[i % 7 :: 1 + i % 5]) for i in range(200)]
-    tokenizer = train_tokenizer(lines, run / "tokenizer.model", 300, threads=1)
+    tokenizer = train_tokenizer(lines, run / "tokenizer.model", 300)
     defaults = {"run": {"dir": str(run)}, "train": {"samples": 64, "global_batch": 8}, "model": SMALL}
     config = Config.model_validate(defaults | {"tokenizer": {"path": str(run / "tokenizer.model")}} | sections)
     torch.manual_seed(step)

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmscale.data.tokenizer import train_tokenizer
 from mmscale.errors import UserError
-from mmscale.export import hub, verify
+from mmscale.export import hub, stock_check, verify
 from mmscale.export.folder import whole_folder
 from mmscale.export.hub import code_files, export_hub
 from mmscale.pretrained import load_pretrained
@@ -65,6 +66,43 @@ def test_a_folder_whose_outputs_differ_is_refused(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_check_sees_only_what_a_stranger_has():
+    finder = stock_check._StrangersPathFinder()
+    for hidden in ("mmscale", "sentencepiece", "simplejpeg", "deepspeed", "webdataset"):
+        assert finder.find_spec(hidden) is None, hidden
+    for seen in ("torch", "transformers", "PIL", "safetensors", "tokenizers", "numpy", "json"):
+        assert finder.find_spec(seen) is not None, seen
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_exported_whole(tmp_path, monkeypatch, unverified):
+    model, _, folder = write_checkpoint(tmp_path / "run", step=3)
+    write = hub.write_weights
+
+    def remove_then_write(*args):
+        shutil.rmtree(folder)
+        return write(*args)
+
+    monkeypatch.setattr(hub, "write_weights", remove_then_write)
+    out = export_hub(tmp_path / "run", tmp_path / "hub")
+    assert torch.equal(load_file(out / "model.safetensors")["text.tokens.weight"], model.text.tokens.weight)
+
+
+def test_a_run_whose_checkpoint_vanishes_before_it_is_read_gives_its_next_one(tmp_path, monkeypatch, unverified):
+    write_checkpoint(tmp_path / "run", step=3)
+    find = hub.find_checkpoint
+
+    def find_and_lose(path):
+        found = find(path)
+        if found.name.endswith("3"):
+            write_checkpoint(tmp_path / "run", step=4)
+            shutil.rmtree(found)
+        return found
+
+    monkeypatch.setattr(hub, "find_checkpoint", find_and_lose)
+    out = export_hub(tmp_path / "run", tmp_path / "hub")
+    assert "| Steps | 4 |" in (out / "README.md").read_text()
+
+
 def test_code_that_is_not_the_projects_is_never_run(run, tmp_path, monkeypatch):
     (tmp_path / "modeling_mmscale.py").write_text("raise SystemExit('executed')")
     with pytest.raises(AssertionError, match=r"modeling_mmscale.py is not the code"):
@@ -80,7 +118,7 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(run, tmp_path):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(run, tmp_path):
-    other = train_tokenizer(WORDS * 20, tmp_path / "other.model", 285, threads=1)
+    other = train_tokenizer(WORDS * 20, tmp_path / "other.model", 285)
     with pytest.raises(UserError, match=rf"has {other.vocab_size} pieces, but the model in .* was trained with \d+"):
         export_hub(run, tmp_path / "hub", tokenizer=other.path)
     assert not (tmp_path / "hub").exists()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from mmscale.checkpoint import Checkpoint
+from mmscale.checkpoint import MANIFEST, Checkpoint, find_checkpoint
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 from mmscale.export.card import CardFacts, model_card
@@ -72,19 +72,17 @@ def export_hub(
         UserError: nothing to export, `out` is not empty, another vocabulary, a full disk, or outputs that differ.
     """
     out = Path(out)
-    source = Checkpoint.open(checkpoint)
+    source, pieces, pieces_bytes = _open_before_it_goes(Path(checkpoint), tokenizer)
     if ema and not source.names("ema"):
         raise UserError(f"{source.path}: holds no averaged weights; leave out the option for them")
-    pieces = Tokenizer.load(tokenizer or source.tokenizer_path)
     config = checkpoint_model_config(source, pieces)
     known_scores = _read_scores(scores)
     with whole_folder(out) as folder:
         total = write_weights(folder, _entries(source, ema), DTYPES[dtype], shard_bytes)
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
         _write_config(folder, config, DTYPES[dtype])
-        fast = fast_tokenizer(pieces, config.text_config.context_length)
-        _write_processor(folder, config, fast)
-        shutil.copyfile(pieces.path, folder / EXPORTED_TOKENIZER)
+        (folder / EXPORTED_TOKENIZER).write_bytes(pieces_bytes)
+        _write_processor(folder, config, fast_tokenizer(pieces, pieces_bytes, config.text_config.context_length))
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
         facts = CardFacts(
@@ -116,6 +114,25 @@ def code_files() -> list[Path]:
             found[module] = CODE / f"{module}.py"
             waiting += re.findall(r"^\s*from \.(\w+) import", found[module].read_text(encoding="utf-8"), re.MULTILINE)
     return [found[module] for module in sorted(found)]
+
+
+def _open_before_it_goes(path: Path, tokenizer: str | Path | None) -> tuple[Checkpoint, Tokenizer, bytes]:
+    """The checkpoint with its weights open and its tokenizer read, so that a run that removes it takes nothing away."""
+    while True:
+        folder = find_checkpoint(path)
+        try:
+            source = Checkpoint.open_verified(folder)
+            for kind, tensors in source.manifest["tensors"].items():
+                for name, entry in tensors.items():
+                    for _, start, stop in entry["fragments"]:
+                        source.read(name, kind, start, min(start + 1, stop))  # a file once read from stays open
+            pieces = Tokenizer.load(tokenizer or source.tokenizer_path)
+            return source, pieces, Path(pieces.path).read_bytes()
+        except (FileNotFoundError, UserError):
+            if (folder / MANIFEST).exists():
+                raise
+            if folder == path:
+                raise UserError(f"{path}: was removed while it was read") from None
 
 
 def _entries(source: Checkpoint, ema: bool) -> dict[str, Entry]:

@@ -11,8 +11,8 @@ Three things keep the two equal where a plain conversion goes wrong:
 
 import re
 from itertools import pairwise
-from pathlib import Path
 
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import Unigram
@@ -25,18 +25,20 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece_model.proto
 
 
-def fast_tokenizer(tokenizer: Tokenizer, context_length: int) -> PreTrainedTokenizerFast:
+def fast_tokenizer(tokenizer: Tokenizer, model: bytes, context_length: int) -> PreTrainedTokenizerFast:
     """The project's tokenizer as one that `AutoTokenizer` loads.
 
     Args:
+        model: the content of its SentencePiece file.
         context_length: longest caption in tokens, marks included; texts are cut there, keeping the end mark.
 
     Raises:
         UserError: a kind of SentencePiece model that has no equal among fast tokenizers.
     """
-    proto = _read_model(Path(tokenizer.path))
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
     start, end = proto.pieces[tokenizer.start_id].piece, proto.pieces[tokenizer.end_id].piece
-    fast = _convert(proto, str(tokenizer.path))
+    fast = _convert(proto, tokenizer.path)
     fast.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}",
         pair=f"{start} $A {end} {start} $B {end}",
@@ -55,14 +57,6 @@ def fast_tokenizer(tokenizer: Tokenizer, context_length: int) -> PreTrainedToken
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def _read_model(path: Path):
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
-    return proto
 
 
 def _convert(proto, where: str) -> FastTokenizer:

@@ -72,7 +72,7 @@ def verify_export(folder: Path, model: MMScaleModel, tokenizer: Tokenizer) -> di
     wrong += [f"other tokens for {text[:40]!r}" for text in found["texts_with_other_tokens"]]
     wrong += ["the processor's tokens differ"] if not found["processor_tokens_equal"] else []
     wrong += ["generated captions differ"] if not found.get("captions_equal", True) else []
-    wrong += ["it imports mmscale"] if found["forbidden_imports"] else []
+    wrong += [f"it imports {name}" for name in found["forbidden_imports"]]
     if wrong:
         raise UserError(f"the export does not reproduce the trained model: {'; '.join(wrong)}")
     return differences
@@ -89,7 +89,7 @@ def _write_reference(scratch: Path, model: MMScaleModel, tokenizer: Tokenizer) -
     size, context_length = model.config.vision_config.image_size, model.config.text_config.context_length
     pixels = []
     for number, (width, height) in enumerate(PICTURE_SIZES):
-        path = scratch / f"{number:02d}.png"
+        path = scratch / f"picture_{number}.{'jpg' if number % 2 else 'png'}"
         Image.fromarray(_picture(width, height, number)).save(path)
         pixels.append(images.center_view(images.decode(path.read_bytes(), 1 << 26), size))
     pixel_values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
