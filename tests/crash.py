@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ranks import context
+from ranks import context, free_port
 
 from mmscale.checkpoint import Checkpoint
 from mmscale.config import Config, validate
@@ -105,9 +104,7 @@ class Attempt:
 
 
 def start(settings: Config, ranks: int, log: Path) -> list:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = [
         context.Process(target=work, args=(rank, ranks, port, settings, f"{log}.{rank}")) for rank in range(ranks)
     ]

@@ -12,14 +12,18 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["mmscale.train.pretraining", "transformers.generation.utils"])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """What `function(*args)` returns on each of `world_size` ranks, in a process group of their own.
 
     `function` must be importable. Raises AssertionError with the traceback of the first rank that failed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
         here, there = context.Pipe()
@@ -55,7 +59,7 @@ def _run(pipe: Any, rank: int, world_size: int, port: int, function: Callable, a
     torch.set_num_threads(1)
     try:
         answer = (None, function(*args))
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         answer = (traceback.format_exc(), None)
     pipe.send_bytes(pickle.dumps(answer))  # by value: tensors in shared memory would end with this process
     pipe.close()

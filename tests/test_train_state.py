@@ -80,6 +80,7 @@ def build(stage, accumulation=1, precision="fp32"):
                 "zero_stage": stage,
                 "precision": precision,
                 "grad_clip": 0.5,
+                "ema_decay": 0.9,
             },
             "deepspeed": STAGE_3 if stage == 3 else {},
         }
@@ -94,6 +95,7 @@ def train(engine, processes, steps, accumulation=1):
         mine = x[processes.rank :: processes.world_size]
         update = engine.step(list(mine.chunk(accumulation)), lr=0.01)
         assert update.applied
+        engine.average.update(step + 1)
         curve.append((float(update.values["loss"]), float(update.grad_norm)))
     return curve
 
@@ -161,7 +163,7 @@ def test_every_stage_and_rank_count_saves_the_same_and_resumes_from_every_other(
     written = {ranks: run_ranks(ranks, write_and_go_on, tmp_path, stages)[0] for ranks in (1, 2, 4)}
     origin, after, weights = written[2][1]
     reference = tensors_of(origin)
-    assert {key.split("/")[0] for key in reference} == {"param", "exp_avg", "exp_avg_sq", "step", "buffer"}
+    assert {key.split("/")[0] for key in reference} == {"param", "exp_avg", "exp_avg_sq", "ema", "step", "buffer"}
     assert reference["step/up.weight"].item() == 5
     assert "buffer/table" not in reference
     everything = [folder for results in written.values() for folder, _, _ in results.values()]

@@ -51,7 +51,7 @@ class TinyModel(nn.Module):
         self.down = nn.Linear(11, 1)
 
     def forward(self, x):
-        return self.down(torch.tanh(self.norm(self.up(x))))
+        return self.down(torch.tanh(self.norm(self.up(x.to(self.norm.weight.dtype))))).float()
 
 
 class TinyObjective(nn.Module):

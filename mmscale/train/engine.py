@@ -4,7 +4,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from mmscale.config import Config, TrainConfig
 from mmscale.errors import UserError
+from mmscale.train.averaging import WeightAverage
+from mmscale.train.gradients import part_norms, watch_gradients
 from mmscale.train.optimizer import build_optimizer
-from mmscale.train.state import TrainState
+from mmscale.train.state import TrainState, bare_name
 
 # What the objective gives: (module, micro-batches, backward) -> detached values that are equal on every rank.
 ForwardBackward = Callable[[nn.Module, list, Callable[[Tensor], None]], dict[str, Tensor]]
@@ -128,13 +130,13 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if clips_itself(train) else train.grad_clip,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {"stage": train.zero_stage, **_offload(train)},
         **_precision(train, device),
     }
     defaults = {
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state: DeepSpeed's has to be compiled
         "zero_optimization": {"overlap_comm": False},
     }
     _refuse_clashes(config.deepspeed, derived)
@@ -147,13 +149,20 @@ def clips_itself(train: TrainConfig) -> bool:
 
 
 def _precision(train: TrainConfig, device: torch.device) -> dict[str, Any]:
+    if train.grad_dtype is not None and train.precision != "bf16_params":
+        raise UserError(f"train.grad_dtype: only bf16_params leaves a choice; gradients are fp32 in {train.precision}")
+    if train.grad_dtype == "fp32" and train.zero_stage < 2:
+        raise UserError("train.grad_dtype: fp32 sums of bf16_params need train.zero_stage: 2 or 3")
     if train.precision == "fp32":
         return {}
     if train.precision == "bf16":
         # No module is named, so that gradients are still summed over ranks in fp32.
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
     if train.precision == "bf16_params":
-        return {"bf16": {"enabled": True, "check_grad_overflow": True}}
+        return {
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": train.grad_dtype or "bf16"},
+        }
     if device.type == "cpu":
         raise UserError("train.precision: fp16 does not run on a CPU; take fp32 or bf16")
     if train.zero_stage == 0:
@@ -163,12 +172,26 @@ def _precision(train: TrainConfig, device: torch.device) -> dict[str, Any]:
     return {"fp16": {"enabled": True}}
 
 
+def _offload(train: TrainConfig) -> dict[str, Any]:
+    if train.offload == "none":
+        return {}
+    if train.zero_stage == 0:
+        raise UserError("train.offload: nothing can be offloaded in stage 0; set train.zero_stage to 1, 2 or 3")
+    if train.offload == "all" and train.zero_stage != 3:
+        raise UserError("train.offload: `all` needs train.zero_stage: 3; in other stages only the optimizer can leave")
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {"offload_optimizer": place} | ({"offload_param": place} if train.offload == "all" else {})
+
+
 _OWNERS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
     "gradient_clipping": "train.grad_clip",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload",
+    "zero_optimization.offload_param": "train.offload",
+    "data_types": "train.precision and train.grad_dtype",
     "bf16": "train.precision",
     "fp16": "train.precision",
     "torch_autocast": "train.precision",
@@ -194,17 +217,26 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@dataclass(frozen=True)
+@dataclass
 class Update:
-    """What one optimizer step did. `grad_norm` is the global norm before clipping; None when it was not finite."""
+    """What one optimizer step did; `applied` is False when the update was left out, on all ranks alike.
+
+    `values` is what the objective gave. `grad_norm` is the global norm before clipping, None when it was not finite;
+    `part_norms` are those of the model's parts, where they were asked for.
+    """
 
     values: dict[str, Tensor]
-    applied: bool
-    grad_norm: Tensor | float | None
+    applied: bool = True
+    grad_norm: Tensor | float | None = None
+    part_norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
-    """One objective under DeepSpeed: `step` is one update from the micro-batches of one global batch."""
+    """One objective under DeepSpeed: `step` is one update from the micro-batches of one global batch.
+
+    `allows`, where it is set, may deny an update that is about to be made: it is given the values of the objective and
+    the gradient norm, on all ranks alike.
+    """
 
     def __init__(self, objective: nn.Module, forward_backward: ForwardBackward, config: Config, processes: Processes):
         self.config = config
@@ -215,11 +247,21 @@ class Engine:
         self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.objective = objective
         self.state = TrainState(self.deepspeed)
+        self.average = WeightAverage(self.state, config.train.ema_decay) if config.train.ema_decay else None
+        self.allows: Callable[[dict[str, Tensor], Tensor], bool] | None = None
+        self._part_of = {
+            parameter: bare_name(name).partition(".")[0]
+            for name, parameter in objective.named_parameters()
+            if parameter.requires_grad
+        }
+        self._update = Update({})
+        self._wants_part_norms = False
+        watch_gradients(self.deepspeed.optimizer, self._may_update)
 
-    def step(self, micro_batches: list, lr: float) -> Update:
+    def step(self, micro_batches: list, lr: float, *, part_norms: bool = False) -> Update:
         """Forward and backward of every micro-batch, then one update with the learning rate `lr`, on all ranks.
 
-        The update is left out on all ranks alike when the gradient is not finite.
+        The update is left out when the gradient is not finite, or when `allows` denies it.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -233,19 +275,30 @@ class Engine:
 
         values = self._forward_backward(self.deepspeed, micro_batches, backward)
         assert left == 0, "one backward for every micro-batch"
+        self._update = update = Update(values)
+        self._wants_part_norms = part_norms
         if clips_itself(self.config.train):
-            return self._update_stage_0(values)
-        self.deepspeed.step()
-        applied = not getattr(self.deepspeed.optimizer, "overflow", False)
-        return Update(values, applied, self.deepspeed.get_global_grad_norm() if applied else None)
+            self._step_stage_0(update)
+        else:
+            self.deepspeed.step()
+            update.applied = not getattr(self.deepspeed.optimizer, "overflow", False)
+            if update.applied:
+                update.grad_norm = self.deepspeed.get_global_grad_norm()
+        return update
 
-    def _update_stage_0(self, values: dict[str, Tensor]) -> Update:
+    def _step_stage_0(self, update: Update) -> None:
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients]))
-        if not torch.isfinite(norm):
+        update.applied = bool(torch.isfinite(norm)) and self._may_update(norm)
+        if not update.applied:
             self.deepspeed.zero_grad()
-            return Update(values, False, None)
+            return
+        update.grad_norm = norm
         if self.config.train.grad_clip:
             torch._foreach_div_(gradients, float(((norm + 1e-6) / self.config.train.grad_clip).clamp(min=1.0)))
         self.deepspeed.step()
-        return Update(values, True, norm)
+
+    def _may_update(self, norm: Tensor) -> bool:
+        if self._wants_part_norms:
+            self._update.part_norms = part_norms(self.deepspeed.optimizer, self._part_of)
+        return self.allows is None or self.allows(self._update.values, norm)

@@ -1,8 +1,11 @@
 """What a run leaves in its folder besides checkpoints, and how a second call goes on with it."""
 
+import errno
 import json
 import os
+import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,35 @@ from typing import Any
 from mmscale.checkpoint import FOLDER, write_whole
 from mmscale.config import Config
 from mmscale.errors import UserError
+
+
+class JsonLines:
+    """A file of one JSON object a line. Lines that do not fit on the disk are kept until they do: training goes on."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._waiting.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            for line in list(self._waiting):
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                size += len(line)
+                self._waiting.pop(0)
+        except OSError as error:
+            self._file.truncate(size)  # no half lines
+            print(f"{self._path}: {error.strerror}; {len(self._waiting)} lines wait in memory", file=sys.stderr)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
 
 # Keys of the sections that may not change whose change does not change the run.
 FREE = {
@@ -30,7 +62,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / FOLDER
         self.writes = writes
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, JsonLines] = {}
 
     def create(self) -> None:
         """Raises UserError when the folder cannot be made or written."""
@@ -38,6 +70,22 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir: {self.path}: {error.strerror}") from None
+
+    def check_shared(self, processes: Any, patience_s: float = 30.0) -> None:
+        """Raises UserError, on all ranks, when what rank 0 writes here cannot be read by another one."""
+        nonce = processes.broadcast(uuid.uuid4().hex)
+        file = self.path / ".nonce"
+        if self.writes:
+            write_whole(file, nonce, replace=True)
+        deadline = time.monotonic() + patience_s  # network file systems take a while to show what others wrote
+        while (found := _read_text(file)) != nonce and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [host for host in processes.gather(None if found == nonce else processes.host) if host is not None]
+        if blind:
+            raise UserError(
+                f"run.dir: {self.path} is not the same folder on every machine ({', '.join(sorted(set(blind)))}); "
+                f"put it on a file system that all of them share"
+            )
 
     def write_config(self, config: Config) -> None:
         if self.writes:
@@ -54,9 +102,8 @@ class RunFolder:
         if not self.writes:
             return
         if name not in self._files:
-            self._files[name] = (self.path / name).open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._files[name].flush()
+            self._files[name] = JsonLines(self.path / name)
+        self._files[name].append(record)
 
     def event(self, kind: str, step: int, samples: int, **facts: Any) -> None:
         """What happened besides training: a resume, a save, a signal, a skipped update."""
@@ -65,7 +112,7 @@ class RunFolder:
     def sync(self) -> None:
         """Puts the lines on disk; a checkpoint that is committed after this never lacks the lines before it."""
         for file in self._files.values():
-            os.fsync(file.fileno())
+            file.sync()
 
     def cut(self, samples: int) -> None:
         """Drops the lines past a checkpoint: those updates will be made, and logged, once more."""
@@ -78,6 +125,13 @@ class RunFolder:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -1,7 +1,9 @@
-"""What ends a run before its last sample, agreed on by all ranks: signals, a STOP file, a time limit."""
+"""What keeps a run from going wrong quietly: stops that all ranks agree on, and updates that are not made."""
 
+import math
 import signal
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -9,6 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from mmscale.errors import UserError
 from mmscale.train.engine import Processes
 
 # A launcher may send several signals for one Ctrl-C; only a second SIGINT this long after the first means it.
@@ -93,3 +96,54 @@ def exchange(
             work.wait()
     stop, failed, busy, wait = maxima.tolist()
     return Exchange(stop, bool(failed), bool(busy), (wait >> 20) / 1e6, wait & 0xFFFFF, *sums.tolist())
+
+
+class SpikeGuard:
+    """Tells losses and gradient norms that leap out of what the last updates showed: above mean + 6 sigma over 128."""
+
+    WINDOW, FEWEST, SIGMAS = 128, 32, 6.0
+
+    def __init__(self) -> None:
+        self._seen: dict[str, deque[float]] = {name: deque(maxlen=self.WINDOW) for name in ("loss", "grad_norm")}
+
+    def allows(self, **values: float) -> bool:
+        """True for values that are no spike, which then belong to what later ones are compared with."""
+        if any(self._leaps(self._seen[name], value) for name, value in values.items()):
+            return False
+        for name, value in values.items():
+            self._seen[name].append(value)
+        return True
+
+    def _leaps(self, seen: deque[float], value: float) -> bool:
+        if not math.isfinite(value):
+            return True
+        if len(seen) < self.FEWEST:
+            return False
+        mean = sum(seen) / len(seen)
+        sigma = math.sqrt(sum((x - mean) ** 2 for x in seen) / len(seen))
+        return value > mean + self.SIGMAS * sigma
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in self._seen.items()}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        for name, values in state.items():
+            self._seen[name].extend(values)
+
+
+class SkipCounter:
+    """Counts skipped updates; too many in a row end the run."""
+
+    def __init__(self, max_in_a_row: int):
+        self._max = max_in_a_row
+        self.total = self.in_a_row = 0
+
+    def add(self, skipped: bool) -> None:
+        """Raises UserError after `max_in_a_row` updates that were not made."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if self.in_a_row >= self._max:
+            raise UserError(
+                f"train.max_skips: {self.in_a_row} updates in a row were skipped, because their loss or gradient was "
+                f"not finite or leapt; lower optim.lr, lengthen optim.warmup_samples, or look at the data there"
+            )

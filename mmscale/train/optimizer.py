@@ -1,5 +1,7 @@
 """Which parameters are trained, in which groups, by which optimizer."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -30,16 +32,40 @@ def decays(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
-    """Two groups for the optimizer: with weight decay and without, each in the module's order."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """The optimizer's groups: by weight decay and by factor of the learning rate (`lr_scale`)."""
+    scales = layer_scales([bare_name(name) for name, _ in module.named_parameters()], optim.layer_decay)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[decays(bare_name(name), tuple(parameter.shape))].append(parameter)
+            key = (decays(bare_name(name), tuple(parameter.shape)), scales[bare_name(name)])
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": optim.weight_decay if decayed else 0.0}
-        for decayed, parameters in groups.items()
-        if parameters
+        {"params": parameters, "weight_decay": optim.weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (decayed, scale), parameters in sorted(groups.items(), key=lambda item: (not item[0][0], -item[0][1]))
     ]
+
+
+def layer_scales(names: list[str], decay: float) -> dict[str, float]:
+    """name -> factor of the learning rate: `decay` once more for each block further from its tower's output.
+
+    A tower is what holds numbered blocks. What comes before its blocks (patch and token embeddings, positions) counts
+    as one block below the first; everything else keeps the full rate (https://arxiv.org/abs/2106.08254, section 3.1).
+    """
+    number = re.compile(r"^(.*?)\.(\d+)\.")
+    blocks: dict[str, int] = {}
+    for name in names:
+        if found := number.match(name):
+            blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]) + 1)
+    scales = {}
+    for name in names:
+        found = number.match(name)
+        if found:
+            depth = blocks[found[1]] - int(found[2])
+        else:
+            tower = next((stack for stack in blocks if stack.rpartition(".")[0] == name.split(".")[0]), None)
+            depth = blocks[tower] + 1 if tower and re.search(r"patch|embed|position|token", name) else 0
+        scales[name] = decay**depth
+    return scales
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

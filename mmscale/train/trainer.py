@@ -19,10 +19,11 @@ from mmscale.config import Config
 from mmscale.errors import UserError
 from mmscale.train.engine import Engine, ForwardBackward, Processes, Update, micro_batches_per_step, start_processes
 from mmscale.train.folder import RunFolder, compare_configs
-from mmscale.train.guards import Exchange, StopRequests, exchange
+from mmscale.train.guards import Exchange, SkipCounter, SpikeGuard, StopRequests, exchange
 from mmscale.train.metrics import Meter, Progress, Sinks, describe, memory_gib, number, peak_flops
 from mmscale.train.saving import Saved, Saver
 from mmscale.train.schedule import learning_rate
+from mmscale.train.watchdog import Watchdog
 
 EXIT_FINISHED = 0
 EXIT_PREEMPTED = 75
@@ -99,17 +100,25 @@ class Trainer:
         hooks: Sequence[Hook],
     ):
         self.config, self.processes, self.folder, self.check = config, processes, folder, check
-        self.step = self.samples = self.skipped = self.num_bad = 0
+        self.step = self.samples = self.num_bad = 0
+        self.skips = SkipCounter(config.train.max_skips)
+        self.spikes = SpikeGuard()
         micro_batches_per_step(config.train, processes.world_size)  # a mistake here is told before anything is read
         self.task: Task = processes.agree(lambda: build(config, processes))
         if not check:
             processes.agree(lambda: folder.create() if processes.is_main else None)
+            folder.check_shared(processes)
         checkpoint = None if check else self._find_checkpoint()
         changes = processes.agree(lambda: self._check_same_run(checkpoint)) if checkpoint else []
         self.engine: Engine = processes.agree(
             lambda: Engine(self.task.objective, self.task.forward_backward, config, processes)
         )
-        self.saver = Saver(folder.checkpoints, processes, keep_last=config.run.keep_last)
+        if config.train.skip_spikes:
+            self.engine.allows = self._is_no_spike
+        self.saver = Saver(
+            folder.checkpoints, processes, keep_last=config.run.keep_last, keep_every=config.run.keep_every
+        )
+        self.watchdog = Watchdog(folder.path / "hang", processes, config.run.hang_s)
         if checkpoint is not None:
             self._restore(checkpoint, changes)
         total = -(-config.train.samples // config.train.global_batch)
@@ -138,23 +147,22 @@ class Trainer:
         batches = self._batches()
         stop_file = None if self.check else self.folder.path / "STOP"
         stop = 0
-        with StopRequests(stop_file, None) as requests:
+        with StopRequests(stop_file, self.config.run.max_minutes) as requests, self.watchdog:
             self.meter = Meter()
             while self.samples < self.config.train.samples and not stop:
                 micro_batches, waited = next(batches)
-                update = self.engine.step(micro_batches, self._learning_rate())
+                update = self.engine.step(micro_batches, self._learning_rate(), part_norms=self._log_is_next())
                 self.step += 1
                 self.samples += self.config.train.global_batch
-                self.skipped += not update.applied
-                seen = self._exchange(requests.code(), micro_batches, waited)
-                stop = seen.stop
+                stop = self._exchange(requests.code(), micro_batches, waited).stop
+                self._after_update(update)
                 for hook in self.due_hooks():
                     hook(self, update)
+                self.watchdog.beat()
                 if self.check:
                     return self._finish_check(update)
-        if stop:
-            return self._preempted(StopRequests.NAMES[stop])
-        return self._finished()
+            with self.watchdog.patience():
+                return self._preempted(StopRequests.NAMES[stop]) if stop else self._finished()
 
     def due_hooks(self) -> Iterator[Hook]:
         yield from (hook for is_due, hook in self.hooks if is_due())
@@ -174,6 +182,16 @@ class Trainer:
     def _learning_rate(self) -> float:
         train = self.config.train
         return learning_rate(self.config.optim, self.samples, train.global_batch, train.samples)
+
+    def _after_update(self, update: Update) -> None:
+        if update.applied and self.engine.average is not None:
+            self.engine.average.update(self.step - self.skips.total)
+        if not update.applied:
+            self.folder.event("skip", self.step, self.samples, loss=number(update.values.get("loss")))
+        self.skips.add(not update.applied)
+
+    def _is_no_spike(self, values: dict[str, torch.Tensor], norm: torch.Tensor) -> bool:
+        return self.spikes.allows(loss=float(values["loss"]), grad_norm=float(norm))
 
     def _exchange(self, stop: int, micro_batches: list[Any], waited: float) -> Exchange:
         bad = [sample for batch in micro_batches for sample in batch.bad]
@@ -223,6 +241,9 @@ class Trainer:
     def _log_is_due(self) -> bool:
         return self.step == 1 or self.step % self.config.log.every == 0 or self._is_last()
 
+    def _log_is_next(self) -> bool:
+        return self.step == 0 or (self.step + 1) % self.config.log.every == 0 or self.step + 1 == self.last_step
+
     def _save_is_due(self) -> bool:
         # Before an evaluation too, which can then lose nothing.
         due = self._crossed(self.config.run.save_every) or self._evaluation_is_due() or self._is_last()
@@ -246,9 +267,10 @@ class Trainer:
             **values,
             "lr": learning_rate(self.config.optim, before, self.config.train.global_batch, self.config.train.samples),
             "grad_norm": number(update.grad_norm),
+            **{f"grad_norm_{part}": number(norm) for part, norm in update.part_norms.items()},
             **self.meter.rates(flops, peak and peak * self.processes.world_size),
             "mem_gib": memory_gib(self.processes.device),
-            "skipped": self.skipped,
+            "skipped": self.skips.total,
             "bad_samples": self.num_bad,
         }
         if rank0:
@@ -264,13 +286,13 @@ class Trainer:
         if self.processes.is_main:
             self.folder.sync()
         tokenizer = getattr(self.task.tokenizer, "path", None)
-        with self.meter.pause("save_stall"):
+        with self.meter.pause("save_stall"), self.watchdog.patience():
             previous = self.saver.save(self.engine.state, self._facts(), Path(tokenizer) if tokenizer else None)
         self._report_save(previous)
 
     def evaluate(self, update: Update | None = None) -> None:
         """Scores the validation split on all ranks and logs what came out."""
-        with self.meter.pause("evaluation"):
+        with self.meter.pause("evaluation"), self.watchdog.patience():
             scores = self.task.evaluate()
         record = {"step": self.step, "samples": self.samples, **scores}
         if self.processes.is_main:
@@ -290,6 +312,8 @@ class Trainer:
             total_s=round(saved.total_s, 4),
             **({"reason": saved.error} if saved.error else {}),
         )
+        if saved.error and self.config.run.on_save_error == "stop":
+            raise UserError(f"run.on_save_error: saving step {saved.step} failed: {saved.error}")
         if saved.error:
             self.progress.say(f"saving step {saved.step} failed, training goes on: {saved.error}")
 
@@ -299,7 +323,9 @@ class Trainer:
         return {
             "step": self.step,
             "samples": self.samples,
-            "skipped": self.skipped,
+            "skipped": self.skips.total,
+            "skipped_in_a_row": self.skips.in_a_row,
+            "spikes": self.spikes.state(),
             "bad_samples": self.num_bad,
             "stream": self.task.stream.state(self.samples),
             "learning_rate": self._learning_rate(),
@@ -350,7 +376,9 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint, changes: list[str]) -> None:
         manifest = checkpoint.manifest
         self.step, self.samples = manifest["step"], manifest["samples"]
-        self.skipped, self.num_bad = manifest["skipped"], manifest["bad_samples"]
+        self.skips.total, self.skips.in_a_row = manifest["skipped"], manifest["skipped_in_a_row"]
+        self.spikes.restore(manifest["spikes"])
+        self.num_bad = manifest["bad_samples"]
         self.engine.state.restore(checkpoint)
         self.saver.step = self.step
         self.folder.event(
