@@ -96,6 +96,12 @@ class VisionSizes(Section):
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     pooler_queries: PositiveInt | None = Field(None, description="query 0 is contrastive, the rest feed the decoder")
     pooler_heads: PositiveInt | None = None
+    init_from: str | None = Field(None, description="Transformers folder with a CLIP or SigLIP trunk to start from")
+    class_token: bool | None = Field(None, description="these five from `init_from`, else as in open_clip's CoCa")
+    pre_norm: bool | None = None
+    patch_bias: bool | None = None
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
+    layer_norm_eps: Annotated[float, Field(gt=0)] | None = None
 
 
 class TextSizes(Section):

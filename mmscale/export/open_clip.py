@@ -8,7 +8,6 @@ which no configuration file of open_clip 3.3 can say: `model.legacy_cls_mask` he
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,141 +18,93 @@ from mmscale.checkpoint import Checkpoint
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 from mmscale.export.folder import whole_folder
-from mmscale.export.positions import resize_positions
+from mmscale.export.table import Row, linear, resize_positions, row, to_ours, to_theirs
 from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.pretrained import checkpoint_model_config
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: which of our tensors are which of theirs.
-
-    `kind` says how: `same`; `transposed`; `patches` (theirs is a convolution's weight); `scalar` (theirs has no
-    dimension); or `stacked` (ours one above the other are theirs one above the other, `units` tell how tall each is).
-    """
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    kind: str = "same"
-    units: tuple[tuple[int, ...], tuple[int, ...]] = ((1,), (1,))
-
-
-def _row(ours: str, theirs: str, kind: str = "same") -> Row:
-    return Row((ours,), (theirs,), kind)
 
 
 def table(config: MMScaleConfig) -> Iterator[Row]:
     """Every tensor of the model, once."""
     vision = config.vision_config
-    yield _row("vision.patch_embedding.weight", "visual.conv1.weight", "patches")
-    yield _row("vision.class_token", "visual.class_embedding")
-    yield _row("vision.positions", "visual.positional_embedding")
+    yield row("vision.patch_embedding.weight", "visual.conv1.weight", "patches")
+    yield row("vision.class_token", "visual.class_embedding")
+    yield row("vision.positions", "visual.positional_embedding")
     if vision.pre_norm:
-        yield from _linear("vision.norm_pre", "visual.ln_pre")
+        yield from linear("vision.norm_pre", "visual.ln_pre")
     for layer in range(vision.layers):
         yield from _block(f"vision.blocks.{layer}", f"visual.transformer.resblocks.{layer}")
     yield from _pooler(config)
-    yield from _linear("vision.norm_pooled", "visual.ln_post")
-    yield _row("vision.projection.weight", "visual.proj", "transposed")
+    yield from linear("vision.norm_pooled", "visual.ln_post")
+    yield row("vision.projection.weight", "visual.proj", "transposed")
 
-    yield _row("text.tokens.weight", "text.token_embedding.weight")
-    yield _row("text.cls_token", "text.cls_emb")
-    yield _row("text.positions", "text.positional_embedding")
+    yield row("text.tokens.weight", "text.token_embedding.weight")
+    yield row("text.cls_token", "text.cls_emb")
+    yield row("text.positions", "text.positional_embedding")
     for layer in range(config.text_config.layers):
         yield from _block(f"text.blocks.{layer}", f"text.transformer.resblocks.{layer}")
-    yield from _linear("text.norm_final", "text.ln_final")
-    yield _row("text.projection.weight", "text.text_projection", "transposed")
+    yield from linear("text.norm_final", "text.ln_final")
+    yield row("text.projection.weight", "text.text_projection", "transposed")
 
     for layer in range(config.decoder_config.layers):
         yield from _block(f"decoder.blocks.{layer}", f"text_decoder.resblocks.{layer}")
         yield from _cross_block(f"decoder.cross_blocks.{layer}", f"text_decoder.cross_attn.{layer}")
-    yield from _linear("decoder.norm_final", "text_decoder.ln_final")
-    yield _row("decoder.head.weight", "text_decoder.text_projection", "transposed")
+    yield from linear("decoder.norm_final", "text_decoder.ln_final")
+    yield row("decoder.head.weight", "text_decoder.text_projection", "transposed")
 
-    yield _row("logit_scale.log_scale", "logit_scale", "scalar")
+    yield row("logit_scale.log_scale", "logit_scale", "scalar")
     if config.logit_bias_init is not None:
-        yield _row("logit_scale.bias", "logit_bias", "scalar")
-
-
-def _linear(ours: str, theirs: str) -> Iterator[Row]:
-    """A linear layer or a norm: both have a weight and a bias."""
-    for part in ("weight", "bias"):
-        yield _row(f"{ours}.{part}", f"{theirs}.{part}")
+        yield row("logit_scale.bias", "logit_bias", "scalar")
 
 
 def _block(ours: str, theirs: str) -> Iterator[Row]:
-    yield from _linear(f"{ours}.norm_1", f"{theirs}.ln_1")
+    yield from linear(f"{ours}.norm_1", f"{theirs}.ln_1")
     for part in ("weight", "bias"):
-        yield _row(f"{ours}.attention.qkv.{part}", f"{theirs}.attn.in_proj_{part}")
-    yield from _linear(f"{ours}.attention.out", f"{theirs}.attn.out_proj")
+        yield row(f"{ours}.attention.qkv.{part}", f"{theirs}.attn.in_proj_{part}")
+    yield from linear(f"{ours}.attention.out", f"{theirs}.attn.out_proj")
     yield from _feed_forward(ours, theirs)
 
 
 def _cross_block(ours: str, theirs: str) -> Iterator[Row]:
-    yield from _linear(f"{ours}.norm_1", f"{theirs}.ln_1")
+    yield from linear(f"{ours}.norm_1", f"{theirs}.ln_1")
     for part in ("weight", "bias"):
-        yield _row(f"{ours}.attention.key_value.norm_{part}", f"{theirs}.ln_1_kv.{part}")
+        yield row(f"{ours}.attention.key_value.norm_{part}", f"{theirs}.ln_1_kv.{part}")
         split = (f"{ours}.attention.query.{part}", f"{ours}.attention.key_value.{part}")
         yield Row(split, (f"{theirs}.attn.in_proj_{part}",), "stacked", ((1, 2), (3,)))
-    yield from _linear(f"{ours}.attention.out", f"{theirs}.attn.out_proj")
+    yield from linear(f"{ours}.attention.out", f"{theirs}.attn.out_proj")
     yield from _feed_forward(ours, theirs)
 
 
 def _feed_forward(ours: str, theirs: str) -> Iterator[Row]:
-    yield from _linear(f"{ours}.norm_2", f"{theirs}.ln_2")
-    yield from _linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc")
-    yield from _linear(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj")
+    yield from linear(f"{ours}.norm_2", f"{theirs}.ln_2")
+    yield from linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc")
+    yield from linear(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj")
 
 
 def _pooler(config: MMScaleConfig) -> Iterator[Row]:
     ours, theirs = "vision.pooler", "visual.attn_pool"
-    yield _row(f"{ours}.queries", f"{theirs}.query")
-    yield from _linear(f"{ours}.norm_queries", f"{theirs}.ln_q")
-    yield from _linear(f"{ours}.norm_context", f"{theirs}.ln_k")
+    yield row(f"{ours}.queries", f"{theirs}.query")
+    yield from linear(f"{ours}.norm_queries", f"{theirs}.ln_q")
+    yield from linear(f"{ours}.norm_context", f"{theirs}.ln_k")
     biases = (f"{ours}.query.bias", f"{ours}.key_value.bias")
     yield Row(biases, (f"{theirs}.attn.in_proj_bias",), "stacked", ((1, 2), (3,)))
     query, key_value = f"{ours}.query.weight", f"{ours}.key_value.weight"
     if config.embed_dim == config.vision_config.width:
         yield Row((query, key_value), (f"{theirs}.attn.in_proj_weight",), "stacked", ((1, 2), (3,)))
     else:  # torch's attention splits its weights when keys are of another width than queries
-        yield _row(query, f"{theirs}.attn.q_proj_weight")
+        yield row(query, f"{theirs}.attn.q_proj_weight")
         split = (f"{theirs}.attn.k_proj_weight", f"{theirs}.attn.v_proj_weight")
         yield Row((key_value,), split, "stacked", ((2,), (1, 1)))
-    yield from _linear(f"{ours}.out", f"{theirs}.attn.out_proj")
+    yield from linear(f"{ours}.out", f"{theirs}.attn.out_proj")
 
 
 def to_open_clip(tensors: Mapping[str, Tensor], config: MMScaleConfig) -> dict[str, Tensor]:
     """Our tensors by name as open_clip's state dict."""
-    converted = {}
-    for row in table(config):
-        given = [tensors[name] for name in row.ours]
-        converted.update(zip(row.theirs, _convert(row, given, config, forward=True), strict=True))
-    return converted
+    return to_theirs(table(config), tensors)
 
 
 def from_open_clip(tensors: Mapping[str, Tensor], config: MMScaleConfig) -> dict[str, Tensor]:
     """open_clip's state dict as our tensors by name; raises KeyError when a tensor is missing."""
-    converted = {}
-    for row in table(config):
-        given = [tensors[name] for name in row.theirs]
-        converted.update(zip(row.ours, _convert(row, given, config, forward=False), strict=True))
-    return converted
-
-
-def _convert(row: Row, given: list[Tensor], config: MMScaleConfig, forward: bool) -> list[Tensor]:
-    if row.kind == "stacked":
-        rows = torch.cat(given)
-        units = row.units[1 if forward else 0]
-        return [part.clone() for part in rows.split([len(rows) // sum(units) * unit for unit in units])]
-    (tensor,) = given
-    if row.kind == "transposed":
-        tensor = tensor.T
-    elif row.kind == "patches":
-        size = config.vision_config.patch_size
-        tensor = tensor.unflatten(1, (3, size, size)) if forward else tensor.flatten(1)
-    elif row.kind == "scalar":
-        tensor = tensor.squeeze() if forward else tensor.reshape(1)
-    return [tensor.contiguous()]
+    return to_ours(table(config), tensors)
 
 
 def open_clip_config(config: MMScaleConfig) -> dict:

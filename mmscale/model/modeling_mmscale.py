@@ -89,13 +89,13 @@ class VisionTower(nn.Module):
             keep: int64 [batch, kept], the patches to look at; all when None.
             embed, tokens: what is wanted; the rest is None and is not computed.
         """
-        x = self.pooler_input(pixel_values, keep)
+        x = self.trunk(pixel_values, keep)
         pooled, _ = self.pooler(x, 0 if embed else 1, None if tokens else 1)
         pooled = self.norm_pooled(pooled)
         image_embeds = self.projection(pooled[:, 0]) if embed else None
         return image_embeds, (pooled[:, int(embed) :] if tokens else None)
 
-    def pooler_input(self, pixel_values: Tensor, keep: Tensor | None) -> Tensor:
+    def trunk(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
         """The last block's output, [batch, patches (after the class token, if any), width]."""
         expected = (3, self.config.image_size, self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:

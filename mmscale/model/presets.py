@@ -149,4 +149,4 @@ def build_model(config: MMScaleConfig, checkpoint: str = "none", compile: bool =
 
 
 def _given(section: Any) -> dict[str, Any]:
-    return {key: value for key, value in dict(section).items() if value is not None}
+    return {key: value for key, value in dict(section).items() if value is not None and key != "init_from"}
