@@ -186,7 +186,7 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     every: PositiveInt | None = Field(None, description="samples between evaluations in the loop; never when unset")
-    tasks: list[Literal["zeroshot", "retrieval", "caption"]] = ["zeroshot", "retrieval", "caption"]
+    tasks: list[Literal["zeroshot", "retrieval", "caption", "vqa"]] = ["zeroshot", "retrieval", "caption"]
     batch: PositiveInt = 64
     samples: PositiveInt | None = Field(None, description="of the val split, the first so many; all when unset")
     classnames: str | None = Field(None, description="text file, one name a line; from the shards' JSON when unset")
@@ -195,6 +195,7 @@ class EvalConfig(Section):
         None, description="retrieval among the first so many pairs that share no caption; among all pairs when unset"
     )
     all_captions: bool = Field(False, description="retrieval with every caption of a picture, not just the first")
+    vqa_prompt: str = Field("question: {} answer:", description="what the answer goes on from; `{}` for the question")
 
 
 class LogConfig(Section):

@@ -35,6 +35,11 @@ def write_shard(path):
                 : 2 + scene % 2
             ]
             record = {"captions": captions}
+            if number % 3:
+                record["questions"] = [
+                    {"question": "what is it", "answers": ["circle"] * 3},
+                    {"question": "what colour", "answers": [{"answer": "red"}] * 10, "candidates": WORDS[:5]},
+                ][: number % 3]
             if number % 2:
                 record["class_name"] = ["circle", "square", "red"][number % 3]
             members = {"jpg": image.getvalue(), "txt": captions[0].encode(), "json": json.dumps(record).encode()}
@@ -85,8 +90,10 @@ def evaluate_on_this_rank(folder, stage, config):
     )
     evaluation = run_evaluation(model, pretrained.tokenizer, eval_set, None, config)
     captions = evaluation.tasks["caption"].captions
+    questions = evaluation.tasks["vqa"].questions
     classified = evaluation.tasks["zeroshot"]
-    return evaluation.scores, [(c.key, c.generated) for c in captions], classified.keys
+    told = [(c.key, c.generated) for c in captions] + [(q.key, q.question, q.answer) for q in questions]
+    return evaluation.scores, told, classified.keys
 
 
 def several_evaluations(folder, stages, config):
@@ -99,14 +106,22 @@ def alone(run):
 
 
 def config(all_captions):
-    return EvalConfig(batch=5, distinct_pairs=None if all_captions else 18, all_captions=all_captions)
+    return EvalConfig(
+        tasks=["zeroshot", "retrieval", "caption", "vqa"],
+        batch=5,
+        distinct_pairs=None if all_captions else 18,
+        all_captions=all_captions,
+    )
 
 
 def test_every_good_sample_counts_once(alone):
-    scores, captions, classified = alone[False]
+    scores, told, classified = alone[False]
     good = [f"val/{number:04d}" for number in range(NUM_SAMPLES) if number != BAD]
     assert scores["num_samples"] == NUM_SAMPLES - 1
-    assert [key for key, _ in captions] == good
+    assert [entry[0] for entry in told if len(entry) == 2] == good
+    assert [entry[:2] for entry in told if len(entry) == 3] == [
+        (key, question) for key in good for question in ("what is it", "what colour")[: int(key[-4:]) % 3]
+    ]
     assert classified == [key for key in good if int(key[-1]) % 2]
     assert scores["retrieval_pairs"] == 18
     assert alone[True][0]["retrieval_pairs"] == NUM_SAMPLES - 1
@@ -117,9 +132,9 @@ def test_every_good_sample_counts_once(alone):
 def test_ranks_give_the_figures_of_one(run, alone, world_size, all_captions):
     stages = [None, 3] if world_size == 2 else [None]
     for results in run_ranks(world_size, several_evaluations, run, stages, config(all_captions)):
-        for scores, captions, classified in results:
+        for scores, told, classified in results:
             assert scores == pytest.approx(alone[all_captions][0], abs=1e-6)
-            assert (captions, classified) == alone[all_captions][1:]
+            assert (told, classified) == alone[all_captions][1:]
 
 
 def test_a_split_without_a_good_sample_and_a_task_without_classes_are_refused(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Retrieval: ranks as a whole similarity matrix gives them, ties as a fair draw settles them, pairs nobody can confuse."""
+"""Retrieval: the ranks of a whole similarity matrix, ties as a fair draw settles them, pairs nobody can confuse."""
 
 import numpy as np
 import pytest

@@ -64,9 +64,9 @@ def corpus_bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens
 
 
 def corpus_rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """The mean F-measure of the longest common subsequence (Lin 2004); best precision and best recall of all references.
+    """The mean F-measure of the longest common subsequence (Lin 2004); recall weighs 1.2 times as much as precision.
 
-    Recall weighs 1.2 times as much as precision.
+    Of several references the best precision and the best recall count.
     """
     total = 0.0
     for caption, own in zip(captions, references, strict=True):

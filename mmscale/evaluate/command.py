@@ -34,7 +34,8 @@ def evaluate_command(
 
     Args:
         shards: path, glob, braces or a list.
-        tasks: of `zeroshot`, `retrieval`, `caption`; all that model and data allow when unset.
+        tasks: of `zeroshot`, `retrieval`, `caption`, `vqa`; when unset those of the run's configuration
+            that model and data allow.
         settings: keys of the `eval` section over those of the model's run.
         output: a JSON file for the scores and everything needed to repeat them.
         tokenizer, ema, device: as `load_pretrained` takes them.
@@ -86,7 +87,7 @@ def _print_table(evaluation: Evaluation, model: Path, shards: Paths) -> None:
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in evaluation.scores.items():
-        counted = name in ("num_samples", "retrieval_pairs") or name.endswith("_rank")
+        counted = isinstance(value, int) or name.endswith(("_rank", "_cider"))
         table.add_row(name, f"{value:,g}" if counted else f"{value:.2%}")
     Console().print(table)
 

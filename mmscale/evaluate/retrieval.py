@@ -40,7 +40,7 @@ class Retrieval:
         self._images: list[Tensor] = []
         self._texts: list[Tensor] = []
 
-    def add(self, batch: EvalBatch, pixel_values: Tensor, image_embeds: Tensor) -> None:
+    def add(self, batch: EvalBatch, pixel_values: Tensor, image_embeds: Tensor, image_tokens: Tensor) -> None:
         """Takes one batch; `image_embeds` is `[batch, dim]`."""
         rows = batch.valid.nonzero().flatten().tolist()
         self._positions += batch.positions[rows].tolist()

@@ -18,10 +18,13 @@ from mmscale.evaluate.captioning import Captioning
 from mmscale.evaluate.encoding import model_device
 from mmscale.evaluate.ranks import sum_over_ranks
 from mmscale.evaluate.retrieval import Retrieval
+from mmscale.evaluate.vqa import QuestionAnswering
 from mmscale.evaluate.zeroshot import ZeroShot
 from mmscale.model.modeling_mmscale import MMScaleModel
 
-TASKS = {"zeroshot": ZeroShot, "retrieval": Retrieval, "caption": Captioning}
+TASKS = {"zeroshot": ZeroShot, "retrieval": Retrieval, "caption": Captioning, "vqa": QuestionAnswering}
+WANTS = {"zeroshot": "class_name", "vqa": "question with answers"}
+NEED_DECODER = ("caption", "vqa")
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Evaluation:
     """The scores, flat (`retrieval_image_to_text_r1`, ...) and equal on every rank, and the tasks behind them."""
 
     scores: dict[str, float]
-    tasks: dict[str, ZeroShot | Retrieval | Captioning]
+    tasks: dict[str, ZeroShot | Retrieval | Captioning | QuestionAnswering]
 
 
 def evaluate(
@@ -56,15 +59,16 @@ def run_evaluation(
     """Scores a model on a split. Collective: all ranks call it with the same tasks and settings.
 
     Args:
-        tasks: of `zeroshot`, `retrieval`, `caption`. When unset those of `config` that model and data allow: captioning
-            needs a decoder, zero-shot classification needs samples with a class.
+        tasks: of `zeroshot`, `retrieval`, `caption`, `vqa`. When unset those of `config` that model and data allow:
+            writing needs a decoder, zero-shot classification samples with a class, `vqa` samples with a question.
         autocast: compute in this dtype where PyTorch's autocast allows; None computes in the weights' own.
 
     Raises:
         UserError: a task that was asked for cannot be done; the split holds no good sample.
     """
     config = config or EvalConfig()
-    names = tasks or [name for name in config.tasks if name != "caption" or model.config.decoder_config.layers]
+    decodes = model.config.decoder_config.layers > 0
+    names = tasks or [name for name in config.tasks if decodes or name not in NEED_DECODER]
     running = {name: TASKS[name](model, tokenizer, config) for name in names}
     device = model_device(model)
     num_samples = torch.zeros((), dtype=torch.long, device=device)
@@ -72,16 +76,16 @@ def run_evaluation(
         for batch in eval_set:
             num_samples += int(batch.valid.sum())
             pixel_values = batch.pixel_values.to(device, non_blocking=True)
-            image_embeds = model.encode_image(pixel_values)[0].float()
+            image_embeds, image_tokens = model.encode_image(pixel_values)
             for task in running.values():
-                task.add(batch, pixel_values, image_embeds)
+                task.add(batch, pixel_values, image_embeds.float(), image_tokens)
         if not sum_over_ranks(num_samples):
             raise UserError("the evaluation split holds no good sample")
         scores = {"num_samples": int(num_samples)}
         for name, task in running.items():
             found = task.finish()
             if not found and tasks:
-                raise UserError(f"no sample of the split can be scored by `{name}`: their JSON holds no class")
+                raise UserError(f"no sample of the split can be scored by `{name}`: their JSON holds no {WANTS[name]}")
             scores |= found
     return Evaluation(scores, running)
 

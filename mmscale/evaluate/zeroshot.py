@@ -40,7 +40,7 @@ class ZeroShot:
         self._records: list[dict] = []
         self._embeds: list[Tensor] = []
 
-    def add(self, batch: EvalBatch, pixel_values: Tensor, image_embeds: Tensor) -> None:
+    def add(self, batch: EvalBatch, pixel_values: Tensor, image_embeds: Tensor, image_tokens: Tensor) -> None:
         """Takes the samples of one batch that have a class; `image_embeds` is `[batch, dim]`."""
         rows = [row for row in batch.valid.nonzero().flatten().tolist() if has_class(batch.records[row])]
         self.positions += batch.positions[rows].tolist()
