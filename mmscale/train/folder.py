@@ -52,7 +52,7 @@ FREE = {
 
 
 class RunFolder:
-    """`run.dir`: config.yaml, metrics.jsonl, evaluations.jsonl, events.jsonl, bad_samples.jsonl, status.json.
+    """`run.dir`: config.yaml, status.json, and metrics, evaluations, examples, events and bad_samples as .jsonl.
 
     Every rank holds one; only rank 0 (`writes`) touches the files. All lines carry `samples`, so that those past a
     checkpoint can be cut when the run goes on from it.
@@ -117,7 +117,7 @@ class RunFolder:
     def cut(self, samples: int) -> None:
         """Drops the lines past a checkpoint: those updates will be made, and logged, once more."""
         if self.writes:
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
+            for name in ("metrics.jsonl", "evaluations.jsonl", "examples.jsonl"):
                 _keep_lines(self.path / name, lambda line: line["samples"] <= samples)
             _keep_lines(self.path / "bad_samples.jsonl", lambda line: line["position"] < samples)
 

@@ -1,9 +1,11 @@
 """From a configuration to what is pretrained: tokenizer, stream, model, objective, evaluation."""
 
+import base64
+import io
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from PIL import Image
 
 from mmscale.config import Config
 from mmscale.data.loader import EvalSet, TrainStream
@@ -15,7 +17,9 @@ from mmscale.model.presets import build_model, build_model_config
 from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
 from mmscale.train.engine import Processes
 from mmscale.train.optimizer import freeze
-from mmscale.train.trainer import Task
+from mmscale.train.trainer import Evaluated, Task
+
+NUM_EXAMPLES, THUMBNAIL = 12, 128  # pictures of each evaluation, and their longer side in pixels
 
 
 def build_pretraining(config: Config, processes: Processes) -> Task:
@@ -76,24 +80,57 @@ def _take_weights(model: MMScaleModel, source: str) -> None:
 
 def _evaluation(
     config: Config, model: MMScaleModel, tokenizer: Tokenizer, processes: Processes
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[], Evaluated] | None:
     """The in-loop evaluation on `data.val`; None when it is never due."""
     if config.eval.every is None:
         return None
     if config.data.val is None:
         raise UserError("eval.every: needs data.val, the shards to evaluate on")
-    from mmscale.evaluate.run import evaluate
+    from mmscale.evaluate.run import run_evaluation
 
-    eval_set: Any = EvalSet(
-        config.data.val,
-        tokenizer,
-        data=config.data,
-        image_size=model.config.vision_config.image_size,
-        context_length=model.config.text_config.context_length,
-        batch_size=config.eval.batch,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        limit=config.eval.samples,
-    )
+    def split(rank: int, world_size: int, limit: int | None) -> EvalSet:
+        return EvalSet(
+            config.data.val,
+            tokenizer,
+            data=config.data,
+            image_size=model.config.vision_config.image_size,
+            context_length=model.config.text_config.context_length,
+            batch_size=config.eval.batch,
+            rank=rank,
+            world_size=world_size,
+            limit=limit,
+        )
+
+    eval_set = split(processes.rank, processes.world_size, config.eval.samples)
+    pictures = _thumbnails(split(0, 1, NUM_EXAMPLES)) if processes.is_main else {}
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
-    return lambda: evaluate(model, tokenizer, eval_set, config=config.eval, autocast=autocast)
+
+    def evaluate() -> Evaluated:
+        found = run_evaluation(model, tokenizer, eval_set, config=config.eval, autocast=autocast)
+        captions = found.tasks["caption"].captions if "caption" in found.tasks else []
+        examples = [
+            {
+                "key": caption.key,
+                "generated": caption.generated,
+                "references": caption.references,
+                "jpeg": pictures[caption.position],
+            }
+            for caption in captions
+            if caption.position in pictures
+        ]
+        return Evaluated(found.scores, examples)
+
+    return evaluate
+
+
+def _thumbnails(split: EvalSet) -> dict[int, str]:
+    """position -> JPEG in base64, of the good samples of a small split."""
+    pictures = {}
+    for batch in split:
+        for row in batch.valid.nonzero().flatten().tolist():
+            image = Image.fromarray(batch.pixel_values[row].permute(1, 2, 0).contiguous().numpy())
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            content = io.BytesIO()
+            image.save(content, "JPEG", quality=80)
+            pictures[int(batch.positions[row])] = base64.b64encode(content.getvalue()).decode()
+    return pictures

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ FEWEST_SAMPLES_TO_JUDGE = 1000
 
 
 @dataclass
+class Evaluated:
+    """Scores by name, equal on every rank, and on rank 0 a few captioned pictures to look at (lines for a file)."""
+
+    scores: dict[str, float]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class Task:
     """What is trained: pretraining builds one, and so does every kind of adaptation."""
 
@@ -41,7 +49,7 @@ class Task:
     stream: Any  # a TrainStream, or something with its methods
     tokenizer: Any
     flops_per_sample: Callable[[float], float] | None = None  # from a text length, of forward and backward
-    evaluate: Callable[[], dict[str, float]] | None = None  # on all ranks
+    evaluate: Callable[[], Evaluated] | None = None  # on all ranks
 
 
 Hook = Callable[["Trainer", Update], None]
@@ -293,11 +301,13 @@ class Trainer:
     def evaluate(self, update: Update | None = None) -> None:
         """Scores the validation split on all ranks and logs what came out."""
         with self.meter.pause("evaluation"), self.watchdog.patience():
-            scores = self.task.evaluate()
-        record = {"step": self.step, "samples": self.samples, **scores}
+            found = self.task.evaluate()
+        at = {"step": self.step, "samples": self.samples}
         if self.processes.is_main:
-            self.sinks.scores(record)
-            shown = " ".join(f"{key} {value:.3f}" for key, value in scores.items() if isinstance(value, float))
+            self.sinks.scores(at | found.scores)
+            for example in found.examples:
+                self.folder.append("examples.jsonl", at | example)
+            shown = " ".join(f"{key} {value:.3f}" for key, value in found.scores.items() if isinstance(value, float))
             self.progress.say(f"evaluation at step {self.step}: {shown}")
 
     def _report_save(self, saved: Saved | None) -> None:
