@@ -242,6 +242,19 @@ def _add_export(verbs) -> None:
     parser.add_argument("--data", help="what the model was trained on, for the card")
 
 
+def _add_report(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.report.page import write_report
+
+        print(write_report(args.runs, args.output))
+
+    parser = _verb(
+        verbs, "report", run, "write one HTML page about runs", "mmscale report runs/toy runs/other -o report.html"
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, shown side by side")
+    parser.add_argument("-o", "--output", default="report.html", help="the page (default: %(default)s)")
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run folder, a checkpoint folder or an exported folder")
     parser.add_argument("--tokenizer", help="a SentencePiece model instead of the one beside the weights")
@@ -250,4 +263,4 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _SHARDS = "path, glob, braces or @list.txt"
-_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_caption, _add_export]
+_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_caption, _add_export, _add_report]
