@@ -37,22 +37,29 @@ COLORS = {
     "red": (214, 36, 36),
     "orange": (240, 135, 30),
     "yellow": (245, 230, 50),
-    "green": (40, 150, 60),
+    "green": (40, 160, 60),
     "cyan": (60, 200, 215),
     "blue": (40, 70, 205),
-    "purple": (140, 50, 165),
-    "black": (30, 30, 30),
+    "purple": (165, 60, 200),
+    "black": (20, 20, 20),
 }
-SIZES = {"small": 11, "large": 18}  # radius in pixels
+SIZES = {"small": 9, "large": 13}  # radius in pixels
 COUNTS = ("a", "two", "three")
-HALVES = {"on the left": (0, 0, 64, 128), "on the right": (64, 0, 128, 128)}
-HALVES |= {"at the top": (0, 0, 128, 64), "at the bottom": (0, 64, 128, 128)}
+# Shapes lie near the centres of 4 x 4 cells, so that none touches another; a half is two columns or two rows of them.
+CELL = 32
+HALVES = {
+    "on the left": [(row, column) for row in range(4) for column in (0, 1)],
+    "on the right": [(row, column) for row in range(4) for column in (2, 3)],
+    "at the top": [(row, column) for row in (0, 1) for column in range(4)],
+    "at the bottom": [(row, column) for row in (2, 3) for column in range(4)],
+}
 RELATIONS = {"above": ("at the top", "at the bottom"), "left of": ("on the left", "on the right")}
 INVERSE = {"above": "below", "left of": "right of"}
 
-PICTURE_SIZE = 128
-MARGIN = 2  # pixels between a shape and the border of its half
-GAP = 2  # pixels between the shapes of a group, at least
+PICTURE_SIZE = 4 * CELL
+SHIFT = 2  # pixels that a shape may lie off the centre of its cell, each way
+# The mean colour of photographs, which becomes zero where pixels are normalised: what is drawn stands out at once.
+BACKGROUND = (123, 117, 104)
 SUPERSAMPLING = 2
 JPEG_QUALITY = 92
 STAGING = ".partial"
@@ -109,8 +116,7 @@ def every_group() -> Iterator[Group]:
 
 def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[dict]]:
     """The picture of a scene, 128 x 128 pixels, and its `objects`; places, shades and radii vary with `rng`."""
-    shade = rng.randrange(205, 246)
-    background = tuple(shade + rng.randrange(-8, 9) for _ in range(3))
+    background = tuple(channel + rng.randrange(-3, 4) for channel in BACKGROUND)
     canvas = Image.new("RGB", (PICTURE_SIZE * SUPERSAMPLING,) * 2, background)
     brush = ImageDraw.Draw(canvas)
     halves = RELATIONS.get(scene.relation, (scene.relation,))
@@ -208,23 +214,14 @@ def _random_pair(groups: list[Group], rng: random.Random) -> Scene:
     return Scene((first, second), rng.choice(list(RELATIONS)))
 
 
-def _places(group: Group, half: tuple[int, int, int, int], rng: random.Random) -> Iterator[tuple[int, int, int]]:
-    """Centre and radius, in supersampled pixels, of each shape of a group: in a row along the longer side of the half.
-
-    The room that the shapes leave in the row is dealt out at random before, between and after them.
-    """
-    left, top, right, bottom = (edge * SUPERSAMPLING for edge in half)
-    margin, gap = MARGIN * SUPERSAMPLING, GAP * SUPERSAMPLING
+def _places(group: Group, half: list[tuple[int, int]], rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """Centre and radius, in supersampled pixels, of each shape of a group: in different cells of the half."""
     radius = SIZES[group.size] * SUPERSAMPLING
     radius = rng.randrange(radius * 93 // 100, radius * 105 // 100 + 1)
-    along, across = max(right - left, bottom - top), min(right - left, bottom - top)
-    room = along - 2 * margin - group.count * 2 * radius - (group.count - 1) * gap
-    shifts = sorted(rng.randrange(room + 1) for _ in range(group.count))
-    for number, shift in enumerate(shifts):
-        position = margin + shift + radius + number * (2 * radius + gap)
-        offset = rng.randrange(margin + radius, across - margin - radius + 1)
-        x, y = (position, offset) if right - left > bottom - top else (offset, position)
-        yield left + x, top + y, radius
+    for row, column in rng.sample(half, group.count):
+        shift_x, shift_y = rng.randrange(-SHIFT, SHIFT + 1), rng.randrange(-SHIFT, SHIFT + 1)
+        x, y = column * CELL + CELL // 2 + shift_x, row * CELL + CELL // 2 + shift_y
+        yield x * SUPERSAMPLING, y * SUPERSAMPLING, radius
 
 
 def _draw_shape(
