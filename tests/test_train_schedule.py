@@ -3,7 +3,6 @@
 import pytest
 
 from mmscale.config import OptimConfig
-from mmscale.train.metrics import duration
 from mmscale.train.schedule import learning_rate
 
 
@@ -31,8 +30,10 @@ def test_the_rate_does_not_depend_on_the_batch_after_the_warmup():
     assert curve(optim, 8, 320)[4::4] == pytest.approx(curve(optim, 32, 320)[1:])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5s"), (125, "2m05s"), (3600 * 3 + 7 * 60, "3h07m"), (100_800, "1d04h")]
-)
-def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text
+def test_wsd_stays_until_the_last_part_and_constant_for_ever():
+    wsd = OptimConfig(lr=1.0, schedule="wsd", decay_fraction=0.25, warmup_samples=8)
+    rates = curve(wsd, 8, 320)
+    assert rates[1:31] == [1.0] * 30
+    assert rates[30:] == pytest.approx([1 - k / 10 for k in range(10)])
+    constant = OptimConfig(lr=1.0, schedule="constant", warmup_samples=8)
+    assert set(curve(constant, 8, 320)) == {1.0}

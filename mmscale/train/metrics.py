@@ -5,7 +5,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,51 +93,78 @@ def number(value: Tensor | float | None) -> float | None:
 
 
 class Sinks:
-    """Where a metrics line goes: metrics.jsonl always, wandb where asked for. None of them can stop training."""
+    """Where a metrics line goes: .jsonl files always, wandb and TensorBoard where asked for.
 
-    def __init__(self, folder: RunFolder, log: LogConfig, settings: dict[str, Any], writes: bool):
-        self._folder, self._writes = folder, writes
-        self._wandb = self._start_wandb(log, settings) if writes and log.wandb != "off" else None
+    None of them can stop training: one that fails is reported and left out from then on.
+    """
+
+    def __init__(self, folder: RunFolder, log: LogConfig, settings: dict[str, Any], step: int):
+        self._folder = folder
+        self._others: dict[str, Any] = {}
+        if folder.writes and log.wandb != "off":
+            self._try("wandb", lambda: self._others.update(wandb=_Wandb(folder, log.wandb, settings)))
+        if folder.writes and log.tensorboard:
+            self._try("TensorBoard", lambda: self._others.update(TensorBoard=_TensorBoard(folder, step)))
 
     def line(self, record: dict[str, Any]) -> None:
         self._folder.append("metrics.jsonl", record)
-        self._to_wandb(record, "train")
+        self._send(record, "train")
 
     def scores(self, record: dict[str, Any]) -> None:
         self._folder.append("evaluations.jsonl", record)
-        self._to_wandb(record, "eval")
+        self._send(record, "eval")
 
     def close(self) -> None:
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self._lose_wandb(error)
+        for name, sink in list(self._others.items()):
+            self._try(name, sink.close)
 
-    def _start_wandb(self, log: LogConfig, settings: dict[str, Any]) -> Any:
+    def _send(self, record: dict[str, Any], group: str) -> None:
+        values = {f"{group}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        for name, sink in list(self._others.items()):
+            self._try(name, lambda sink=sink: sink.log(values, record["step"]))
+
+    def _try(self, name: str, work: Callable[[], object]) -> None:
         try:
-            import wandb
+            work()
+        except Exception as error:  # whatever a tracking service may raise
+            self._others.pop(name, None)
+            print(f"{name} is off for the rest of this run: {type(error).__name__}: {error}", file=sys.stderr)
 
-            id_file = self._folder.path / "wandb_id"
-            if not id_file.exists():
-                id_file.write_text(wandb.util.generate_id())
-            return wandb.init(
-                id=id_file.read_text(), resume="allow", mode=log.wandb, dir=self._folder.path, config=settings
-            )
-        except Exception as error:
-            self._lose_wandb(error)
 
-    def _to_wandb(self, record: dict[str, Any], group: str) -> None:
-        if self._wandb is not None:
-            values = {f"{group}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-            try:
-                self._wandb.log(values, step=record["step"])
-            except Exception as error:
-                self._lose_wandb(error)
+class _Wandb:
+    """A wandb run; a resumed training goes on with the one whose id the folder holds."""
 
-    def _lose_wandb(self, error: Exception) -> None:
-        self._wandb = None
-        print(f"wandb is off for the rest of this run: {type(error).__name__}: {error}", file=sys.stderr)
+    def __init__(self, folder: RunFolder, mode: str, settings: dict[str, Any]):
+        import wandb
+
+        id_file = folder.path / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            id=id_file.read_text(), resume="allow", mode=mode, dir=str(folder.path), config=settings, project="mmscale"
+        )
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    """Event files in run.dir/tensorboard; what a run that goes on after `step` repeats is hidden there."""
+
+    def __init__(self, folder: RunFolder, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Progress:

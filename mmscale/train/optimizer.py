@@ -63,7 +63,7 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
             depth = blocks[found[1]] - int(found[2])
         else:
             tower = next((stack for stack in blocks if stack.rpartition(".")[0] == name.split(".")[0]), None)
-            depth = blocks[tower] + 1 if tower and re.search(r"patch|embed|position|token", name) else 0
+            depth = blocks[tower] + 1 if tower and re.search(r"patch|embed|position|token|norm_pre", name) else 0
         scales[name] = decay**depth
     return scales
 

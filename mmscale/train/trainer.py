@@ -133,7 +133,7 @@ class Trainer:
         self.last_step = self.step + max(0, -(-(config.train.samples - self.samples) // config.train.global_batch))
         self.progress = Progress(config.train.samples, self.samples, shows=processes.is_main)
         self.meter = Meter()
-        self.sinks = Sinks(folder, config.log, config.model_dump(mode="json"), folder.writes)
+        self.sinks = Sinks(folder, config.log, config.model_dump(mode="json"), self.step)
         self.hooks: list[tuple[Callable[[], bool], Hook]] = [
             *((lambda: True, hook) for hook in hooks),
             (self._log_is_due, Trainer.log),
