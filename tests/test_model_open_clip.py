@@ -1,4 +1,4 @@
-"""The same weights give the same outputs as open_clip's CoCa; `tests/data/make_open_clip_reference.py` made the reference."""
+"""The same weights give the same outputs as open_clip's CoCa (`tests/data/make_open_clip_reference.py` made those)."""
 
 import json
 from pathlib import Path

@@ -26,7 +26,7 @@ from mmscale.errors import UserError
 from mmscale.export.folder import whole_folder
 from mmscale.export.table import Row, linear, resize_positions, row, to_ours, to_theirs
 from mmscale.model.configuration_mmscale import MMScaleConfig, MMScaleVisionConfig
-from mmscale.model.modeling_mmscale import VisionTower
+from mmscale.model.vision_tower import VisionTower
 from mmscale.pretrained import checkpoint_model_config
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -25,13 +25,20 @@ class Pictures:
 class CaptionGenerationMixin:
     """`generate` and what Transformers' `GenerationMixin` asks of a model."""
 
-    def generate(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs) -> Tensor:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
         """Captions for pictures.
 
         Args:
             input_ids: prompts [pictures, length] that the captions go on from, left-padded with an `attention_mask`
                 where lengths differ; the start token alone when None. One prompt may serve all pictures.
             pixel_values: [pictures, 3, height, width].
+            image_tokens: what `encode_image` made of the pictures before, in place of `pixel_values`.
             kwargs: as for Transformers' `generate` (num_beams, do_sample, top_p, max_new_tokens, ...). Without a
                 length, captions may fill the context.
 
@@ -39,11 +46,14 @@ class CaptionGenerationMixin:
             Token ids [pictures, length] with the prompt, the start and the end token.
         """
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        if pixel_values is None:
-            raise ValueError("generate needs pixel_values: it writes captions for pictures")
-        pictures = self.encode_pictures(pixel_values)
-        start = torch.full((1, 1), self.config.bos_token_id, device=pixel_values.device)
-        input_ids = start if input_ids is None else input_ids
+        if pixel_values is None and image_tokens is None:
+            raise ValueError("generate needs pixel_values or image_tokens: it writes captions for pictures")
+        with torch.no_grad():
+            if image_tokens is None:
+                _, image_tokens = self.vision(pixel_values, embed=False)
+            pictures = Pictures(self._require_decoder().keys_values(image_tokens))
+        if input_ids is None:
+            input_ids = torch.full((1, 1), self.config.bos_token_id, device=image_tokens.device)
         if input_ids.shape[0] == 1:
             input_ids = input_ids.expand(pictures.count, -1)
         context = self.config.text_config.context_length
@@ -58,13 +68,6 @@ class CaptionGenerationMixin:
         if kwargs.get("use_cache", config.use_cache) is not False:
             kwargs.setdefault("past_key_values", DynamicCache())
         return super().generate(input_ids, pictures=pictures, **kwargs)
-
-    @torch.no_grad()
-    def encode_pictures(self, pixel_values: Tensor) -> Pictures:
-        """Runs the image tower and every decoder layer's picture projections, once."""
-        decoder = self._require_decoder()
-        _, image_tokens = self.vision(pixel_values, embed=False)
-        return Pictures(decoder.keys_values(image_tokens))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs

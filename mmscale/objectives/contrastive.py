@@ -72,7 +72,7 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         image, text, texts, scale_bias, valid, valid_texts, row_lse, column_lse = ctx.saved_tensors
         scale = scale_bias[0]
-        d_image = -text * valid[:, None]  # without the factor `scale` until the end
+        d_image = text * -valid.to(text.dtype)[:, None]  # without the factor `scale` until the end
         d_texts = torch.zeros_like(texts)
         d_texts[_own_rows(text)] -= image * valid[:, None]
         d_bias = -valid.sum().to(image.dtype)

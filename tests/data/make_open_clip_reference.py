@@ -5,9 +5,9 @@ Run once, in an environment that has open_clip (which needs torchvision, so not 
     uv venv peer && uv pip install --python peer/bin/python torch==2.13.0 torchvision==0.28.0 open_clip_torch==3.3.0
     peer/bin/python tests/data/make_open_clip_reference.py
 
-The file holds, for each of two sizes (`narrow`: the pooler is narrower than the image tower; `even`: as wide), the state
-dict, pictures, texts, and what CoCa makes of them, with its default CLS mask (`text_features`) and with the corrected one
-(`correct_text_features`). Versions and configurations are in the file's metadata.
+The file holds, for each of two sizes (`narrow`: the pooler is narrower than the image tower; `even`: as wide), the
+state dict, pictures, texts, and what CoCa makes of them, with its default CLS mask (`text_features`) and with the
+corrected one (`correct_text_features`). Versions and configurations are in the file's metadata.
 """
 
 import json

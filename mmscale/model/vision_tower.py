@@ -1,0 +1,90 @@
+"""The image tower: patches, ViT blocks, attentional pooler."""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_mmscale import MMScaleConfig
+from .layers import AttentionalPooler, Block
+
+
+class VisionTower(nn.Module):
+    """ViT and attentional pooler. uint8 pictures are normalised here, on the device they are on."""
+
+    def __init__(self, config: MMScaleConfig):
+        super().__init__()
+        vision = config.vision_config
+        self.config = vision
+        self.image_mean, self.image_std = config.image_mean, config.image_std
+        self.patch_embedding = nn.Linear(3 * vision.patch_size**2, vision.width, bias=vision.patch_bias)
+        self.class_token = nn.Parameter(torch.empty(vision.width)) if vision.class_token else None
+        self.positions = nn.Parameter(torch.empty(vision.num_patches + int(vision.class_token), vision.width))
+        self.norm_pre = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps) if vision.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(vision, vision.width, vision.heads, vision.mlp_ratio, vision.layers) for _ in range(vision.layers)
+        )
+        self.pooler = AttentionalPooler(vision, config.embed_dim, vision.pooler_heads, vision.pooler_queries)
+        self.norm_pooled = nn.LayerNorm(config.embed_dim, eps=vision.layer_norm_eps)
+        self.projection = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+
+    def forward(
+        self, pixel_values: Tensor, keep: Tensor | None = None, embed: bool = True, tokens: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """[batch, 3, height, width] to the embedding [batch, embed_dim], not normalised, and the picture tokens.
+
+        Args:
+            pixel_values: uint8, or floats that are already normalised.
+            keep: int64 [batch, kept], the patches to look at; all when None.
+            embed, tokens: what is wanted; the rest is None and is not computed.
+        """
+        x = self.trunk(pixel_values, keep)
+        pooled, _ = self.pooler(x, 0 if embed else 1, None if tokens else 1)
+        pooled = self.norm_pooled(pooled)
+        image_embeds = self.projection(pooled[:, 0]) if embed else None
+        return image_embeds, (pooled[:, int(embed) :] if tokens else None)
+
+    def trunk(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The last block's output, [batch, patches (after the class token, if any), width]."""
+        expected = (3, self.config.image_size, self.config.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values have the shape {list(pixel_values.shape)}; expected [batch, 3, {expected[1]}, "
+                f"{expected[2]}]: resize the pictures to the model's image_size"
+            )
+        patches = self._patches(pixel_values)
+        positions = self.positions
+        prefix = int(self.class_token is not None)
+        grid = positions[prefix:]
+        if keep is None:
+            x = self.patch_embedding(patches) + grid
+        else:
+            x = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
+            x = self.patch_embedding(x) + grid[keep]
+        if self.class_token is not None:
+            first = (self.class_token + positions[0]).to(x.dtype).expand(x.shape[0], 1, -1)
+            x = torch.cat([first, x], dim=1)
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """[batch, patches, 3 * patch size squared], channels first as in a convolution's weight."""
+        size = self.config.patch_size
+        x = pixel_values.unfold(2, size, size).unfold(3, size, size)  # [batch, 3, rows, columns, size, size]
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [batch, patches, 3, size * size]
+        dtype = self.patch_embedding.weight.dtype
+        if not pixel_values.is_floating_point():
+            mean = torch.tensor(self.image_mean, device=x.device)[:, None] * 255
+            std = torch.tensor(self.image_std, device=x.device)[:, None] * 255
+            x = (x - mean) / std
+        return x.flatten(2).to(dtype)
+
+    def reset_parameters(self):
+        scale = self.config.width**-0.5
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=scale)
+        nn.init.normal_(self.positions, std=scale)
+        nn.init.normal_(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
+        if self.patch_embedding.bias is not None:
+            nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
