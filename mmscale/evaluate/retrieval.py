@@ -20,10 +20,7 @@ from mmscale.model.modeling_mmscale import MMScaleModel
 
 TIE = 1e-6  # cosine similarities closer than this are equal: float32 sums of another order differ by about 1e-7
 RECALLS = (1, 5, 10)
-BLOCK_ROWS, BLOCK_COLUMNS = (
-    1024,
-    4096,
-)  # 16 MiB of similarities: large enough for a fast product, small enough for a cache
+BLOCK_ROWS, BLOCK_COLUMNS = 2048, 8192  # 64 MiB of similarities at a time
 
 
 class Retrieval:
@@ -128,12 +125,7 @@ def count_above_and_tied(
     text_counts = torch.zeros(2, len(text_embeds), dtype=torch.long, device=device)
     for row in range(rows.start, rows.stop, BLOCK_ROWS):
         images = slice(row, min(row + BLOCK_ROWS, rows.stop))
-        for column in range(0, len(text_embeds), BLOCK_COLUMNS):
-            texts = slice(column, column + BLOCK_COLUMNS)
-            similarity = image_embeds[images] @ text_embeds[texts].T
-            for index, tolerance in enumerate((TIE, -TIE)):
-                image_counts[index, images] += _count(similarity > best[images, None] + tolerance, dim=1)
-                text_counts[index, texts] += _count(similarity > pair_scores[None, texts] + tolerance, dim=0)
+        add_counts(image_embeds[images], text_embeds, best[images], pair_scores, image_counts[:, images], text_counts)
     image_counts = sum_over_ranks(image_counts).cpu().numpy()
     text_counts = sum_over_ranks(text_counts).cpu().numpy()
     right = right.cpu().numpy()
@@ -142,6 +134,25 @@ def count_above_and_tied(
         "image_to_text": (image_counts[0], np.maximum(image_counts[1] - image_counts[0] - right, 0), right),
         "text_to_image": (text_counts[0], np.maximum(text_counts[1] - text_counts[0] - one, 0), one),
     }
+
+
+def add_counts(
+    images: Tensor, texts: Tensor, best: Tensor, pair_scores: Tensor, image_counts: Tensor, text_counts: Tensor
+) -> None:
+    """Compares some pictures with all texts, and adds what it finds to both counts.
+
+    Args:
+        images, texts: `[rows, dim]` and `[texts, dim]`.
+        best, pair_scores: `[rows]` and `[texts]`, the similarity of each query's best right answer.
+        image_counts, text_counts: `[2, rows]` and `[2, texts]`, added to in place: candidates above the right answer,
+            and candidates not below it.
+    """
+    for start in range(0, len(texts), BLOCK_COLUMNS):
+        columns = slice(start, start + BLOCK_COLUMNS)
+        similarity = images @ texts[columns].T
+        for index, tolerance in enumerate((TIE, -TIE)):
+            image_counts[index] += _count(similarity > best[:, None] + tolerance, dim=1)
+            text_counts[index, columns] += _count(similarity > pair_scores[None, columns] + tolerance, dim=0)
 
 
 def distinct_pairs(captions: Sequence[Sequence[str]], limit: int | None = None) -> list[int]:
