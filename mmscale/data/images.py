@@ -7,7 +7,7 @@ Arrays are [height, width, 3], uint8, RGB.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,19 +33,44 @@ class Box:
     width: int
 
 
-def decode(data: bytes, max_pixels: int, min_size: int | None = None) -> np.ndarray:
+def decode(data: bytes, max_pixels: int) -> np.ndarray:
     """Pixels of an encoded picture, upright, alpha over white, any mode as RGB.
 
-    min_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so many pixels.
     Raises ImageError: not an image, truncated, or more than max_pixels.
+    """
+    return decode_scaled(data, max_pixels)[0]
+
+
+def decode_scaled(data: bytes, max_pixels: int, min_size: int | None = None) -> tuple[np.ndarray, int]:
+    """As `decode`, but a JPEG may come at 1/2, 1/4 or 1/8 of its size, if its shorter side keeps `min_size` pixels.
+
+    Returns the pixels and what their sizes were divided by.
     """
     if not data:
         raise ImageError("the image has no bytes")
     if data[:3] == b"\xff\xd8\xff":
-        pixels = _decode_jpeg(data, max_pixels, min_size)
-        if pixels is not None:
-            return pixels
-    return _decode_any(data, max_pixels)
+        found = _decode_jpeg(data, max_pixels, min_size)
+        if found is not None:
+            return found
+    return _decode_any(data, max_pixels), 1
+
+
+def training_view(
+    data: bytes, crop: Callable[[int, int], Box], size: int, max_pixels: int, fast: bool = False
+) -> np.ndarray:
+    """A picture's training crop at size x size: [size, size, 3], uint8.
+
+    crop: from the picture's height and width to the box. fast: decode no more than the size asks for, move the box to
+    whole pixels of that, and resize bilinearly. Raises ImageError.
+    """
+    pixels, scale = decode_scaled(data, max_pixels, size * 3 // 4 if fast else None)
+    height, width = pixels.shape[:2]
+    box = crop(height * scale, width * scale)
+    if scale > 1:
+        top, left = min(round(box.top / scale), height - 1), min(round(box.left / scale), width - 1)
+        bottom, right = round((box.top + box.height) / scale), round((box.left + box.width) / scale)
+        box = Box(top, left, max(1, min(bottom, height) - top), max(1, min(right, width) - left))
+    return crop_and_resize(pixels, box, size, "bilinear" if fast else "bicubic")
 
 
 def training_crop(
@@ -73,9 +98,10 @@ def resize(pixels: np.ndarray, height: int, width: int, mode: Literal["bicubic",
     """Antialiased resize: [h, w, 3] -> [height, width, 3], uint8."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
+    # The batch dimension comes first: only then does PyTorch see channels-last strides, and keep them.
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=(height, width), mode=mode, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
 def crop_and_resize(pixels: np.ndarray, box: Box, size: int, mode: str = "bicubic") -> np.ndarray:
@@ -99,7 +125,7 @@ def center_view(pixels: np.ndarray, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> tuple[np.ndarray, int] | None:
     """None when libjpeg-turbo does not take it: PIL has the last word."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -117,7 +143,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> np.ndarr
             )
     except ValueError:
         return None
-    return _upright(pixels, _jpeg_orientation(data))
+    return _upright(pixels, _jpeg_orientation(data)), scale
 
 
 def _decode_any(data: bytes, max_pixels: int) -> np.ndarray:
@@ -156,11 +182,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """EXIF's orientation, 1 (upright) to 8; 1 when there is none."""
-    start = data.find(b"Exif\0\0", 0, 65536)
-    if start < 0:
-        return 1
-    tiff = data[start + 6 : start + 6 + 65536]
+    """EXIF's orientation, 1 (upright) to 8; 1 when there is none. Walks the segments before the image data."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return _tiff_orientation(data[position + 10 : position + 2 + length])
+        position += 2 + max(length, 2)
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
     if order is None:
         return 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmscale.config import DataConfig, Paths
+from mmscale.data.buffers import PixelBuffers
 from mmscale.data.captions import SampleError
 from mmscale.data.order import ORDER_VERSION, MixtureOrder, Place, StreamOrder
 from mmscale.data.paths import expand
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 PREFETCH = 2  # global batches that are read ahead
 ROWS_PER_TASK = 8
 NO_POSITION = -1
+
+_buffers = PixelBuffers()
 
 
 @dataclass
@@ -317,9 +320,7 @@ class _Builder:
     ):
         self.positions = positions
         # Channels last, as the resize leaves them: a row is copied in one piece.
-        self._pixels = torch.empty(
-            len(positions), image_size, image_size, 3, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
+        self._pixels = _buffers.take(len(positions), image_size, image_size, 3)
         self.pixels = self._pixels.numpy()
         self.ids: list[list[int]] = [[] for _ in positions]
         self.keys = [""] * len(positions)

@@ -40,11 +40,18 @@ class SampleReader:
         """Writes the augmented picture to `out` [size, size, 3]; returns key and token ids. Raises SampleError."""
         raw = self.shards.read(place.shard, place.sample)
         draws = uniform_draws(seed, position)
-        size = self._image_size
-        pixels = self._decode(raw.image, None if self._data.decode == "exact" else self._fast_size())
-        box = images.training_crop(*pixels.shape[:2], self._data.crop_scale, self._data.crop_ratio, draws)
-        mode = "bicubic" if self._data.decode == "exact" else "bilinear"
-        view = images.crop_and_resize(pixels, box, size, mode)
+        try:
+            view = images.training_view(
+                raw.image,
+                lambda height, width: images.training_crop(
+                    height, width, self._data.crop_scale, self._data.crop_ratio, draws
+                ),
+                self._image_size,
+                self._data.max_pixels,
+                fast=self._data.decode == "fast",
+            )
+        except images.ImageError as error:
+            raise SampleError(str(error)) from None
         out[:] = view[:, ::-1] if self._data.flip and draws[10] < 0.5 else view
         texts = raw.captions[int(draws[11] * len(raw.captions))]
         return raw.key, self._tokenizer.encode(texts[int(draws[12] * len(texts))], self._context_length)
@@ -52,17 +59,12 @@ class SampleReader:
     def evaluate(self, shard: int, number: int, out: np.ndarray) -> tuple[RawSample, list[int]]:
         """Writes the picture, as evaluation sees it, to `out`; returns the sample and its first caption's ids."""
         raw = self.shards.read(shard, number, with_record=True)
-        out[:] = images.center_view(self._decode(raw.image, None), self._image_size)
-        return raw, self._tokenizer.encode(raw.captions[0][0], self._context_length)
-
-    def _fast_size(self) -> int:
-        return self._image_size * 3 // 4
-
-    def _decode(self, data: bytes, min_size: int | None) -> np.ndarray:
         try:
-            return images.decode(data, self._data.max_pixels, min_size)
+            pixels = images.decode(raw.image, self._data.max_pixels)
         except images.ImageError as error:
             raise SampleError(str(error)) from None
+        out[:] = images.center_view(pixels, self._image_size)
+        return raw, self._tokenizer.encode(raw.captions[0][0], self._context_length)
 
 
 def uniform_draws(seed: int, position: int) -> list[float]:
