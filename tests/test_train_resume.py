@@ -50,7 +50,7 @@ def config(toy, run_dir, steps=8, save_every=None, **sections):
         "log": {"every": 1},
     }
     for name, values in sections.items():
-        raw[name] = raw[name] | values
+        raw[name] = raw.get(name, {}) | values
     return validate(raw)
 
 
