@@ -76,6 +76,23 @@ class Indexes:
         self._unwritten: dict[str, ShardIndex] = {}
         self._lock = threading.Lock()
 
+    def has(self, shard: str) -> bool:
+        """Whether the index is there and current; False for a shard that cannot be had, too."""
+        if shard in self._unwritten:
+            return True
+        try:
+            facts = self._store.known_facts(shard)
+        except OSError:
+            return False
+        return facts is not None and _read_sidecar(facts, with_records=False) is not None
+
+    def unwritten(self, shard: str) -> ShardIndex | None:
+        return self._unwritten.get(shard)
+
+    def keep(self, shard: str, index: ShardIndex) -> None:
+        """Takes an index that another process made and could not write."""
+        self._unwritten[shard] = index
+
     def summary(self, shard: str) -> ShardSummary:
         """Raises OSError when the shard cannot be had, UserError when it is not a tar."""
         if shard in self._unwritten:

@@ -8,6 +8,7 @@ from mmscale.config import DataConfig
 from mmscale.data.captions import CaptionFields, SampleError, json_object
 from mmscale.data.counts import known_counts
 from mmscale.data.index import Indexes, ShardIndex, ShardSummary
+from mmscale.data.indexing import summarize
 from mmscale.data.paths import shard_name
 from mmscale.data.store import ShardStore
 from mmscale.data.tar import BLOCK, header_name, split_name
@@ -46,6 +47,8 @@ class Shards:
         self._indexes = Indexes(self._store)
         self._warned: set[int] = set()
         known = known_counts(data.counts, shards) if data.counts else None
+        if known is None:
+            summarize(self._indexes, self._store, shards)
         self.paths, self.counts, self.digests = [], [], []
         for path in shards:
             if known is not None:

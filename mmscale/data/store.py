@@ -37,7 +37,7 @@ class ShardStore:
         cache_gib: float = 100.0,
         max_open: int = 128,
     ):
-        self._index_dir = index_dir
+        self.index_dir = index_dir
         self._cache = ShardCache(cache_dir, int(cache_gib * 2**30)) if cache_dir else None
         self._files: Recent[FileIO] = Recent(max_open)
         self._lock = threading.Lock()
@@ -46,17 +46,22 @@ class ShardStore:
         """Where the shard's file lies on this machine; a remote one is fetched first. Raises OSError, UserError."""
         return self._remote(shard).fetch(shard) if is_remote(shard) else shard
 
-    def facts(self, shard: str) -> FileFacts:
-        """A remote shard that was fetched once is not fetched again for this. Raises OSError, UserError."""
+    def known_facts(self, shard: str) -> FileFacts | None:
+        """None for a remote shard that was never fetched. Raises OSError, UserError."""
         if is_remote(shard):
             cache = self._remote(shard)
             fetched = cache.known(shard)
-            if fetched is None:
-                cache.fetch(shard)
-                fetched = cache.known(shard)
-            return FileFacts(fetched.size, 0, cache.sidecar_path(fetched.digest))
+            return fetched and FileFacts(fetched.size, 0, cache.sidecar_path(fetched.digest))
         stat = os.stat(shard)
         return FileFacts(stat.st_size, stat.st_mtime_ns, self._local_sidecar(shard))
+
+    def facts(self, shard: str) -> FileFacts:
+        """A remote shard that was fetched once is not fetched again for this. Raises OSError, UserError."""
+        facts = self.known_facts(shard)
+        if facts is None:
+            self._remote(shard).fetch(shard)
+            facts = self.known_facts(shard)
+        return facts
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, fewer where the file ends. Raises OSError."""
@@ -76,11 +81,11 @@ class ShardStore:
         return self._cache
 
     def _local_sidecar(self, shard: str) -> Path:
-        if self._index_dir is None:
+        if self.index_dir is None:
             return Path(shard + SIDECAR_SUFFIX)
         # Folders of different data sets hold shards of the same name.
         folder = hashlib.blake2b(os.path.dirname(os.path.abspath(shard)).encode(), digest_size=6).hexdigest()
-        return Path(self._index_dir) / folder / (os.path.basename(shard) + SIDECAR_SUFFIX)
+        return Path(self.index_dir) / folder / (os.path.basename(shard) + SIDECAR_SUFFIX)
 
     def _open(self, shard: str) -> FileIO:
         with self._lock:
