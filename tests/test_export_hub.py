@@ -117,6 +117,16 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(run, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["hub", "mine.txt"]
 
 
+def test_an_export_of_the_same_weights_is_reused_and_of_others_is_not(run, tmp_path, unverified):
+    out = export_hub(run, tmp_path / "hub")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    lines = []
+    assert export_hub(run, out, reuse=True, say=lines.append) == out
+    assert "reused" in lines[-1] and (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="already exists"):
+        export_hub(run, out, reuse=True, ema=True)
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(run, tmp_path):
     other = train_tokenizer(WORDS * 20, tmp_path / "other.model", 285)
     with pytest.raises(UserError, match=rf"has {other.vocab_size} pieces, but the model in .* was trained with \d+"):

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mmscale.checkpoint import MANIFEST, Checkpoint, find_checkpoint
@@ -52,6 +53,7 @@ def export_hub(
     license: str | None = None,
     data: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    reuse: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes `out` whole or not at all, after a process without mmscale has loaded it and found the same outputs.
@@ -66,6 +68,7 @@ def export_hub(
         name: the model's name on the card; the folder's unless given.
         license: as the Hub spells it; `data`: what it was trained on. Both for the card.
         shard_bytes: the most bytes in one weights file.
+        reuse: leave `out` as it is when it already holds an export of the very same weights.
         say: takes one line for people after each part of the work.
 
     Raises:
@@ -77,6 +80,9 @@ def export_hub(
         raise UserError(f"{source.path}: holds no averaged weights; leave out the option for them")
     config = checkpoint_model_config(source, pieces)
     known_scores = _read_scores(scores)
+    if reuse and _holds(out, _entries(source, ema), DTYPES[dtype]):
+        say(f"{out} holds these weights already: reused")
+        return out
     with whole_folder(out) as folder:
         total = write_weights(folder, _entries(source, ema), DTYPES[dtype], shard_bytes)
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
@@ -144,6 +150,21 @@ def _entries(source: Checkpoint, ema: bool) -> dict[str, Entry]:
     for name in source.names("buffer"):
         entries[name] = Entry(source.shape(name, "buffer"), partial(source.read, name, "buffer"))
     return entries
+
+
+def _holds(out: Path, tensors: dict[str, Entry], dtype: torch.dtype) -> bool:
+    """Whether a folder is an export of exactly these tensors."""
+    files = sorted(out.glob("*.safetensors"))
+    if not files or not (out / "README.md").exists():
+        return False
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dictionary
+                names.add(name)
+                if name not in tensors or not torch.equal(file.get_tensor(name), tensors[name].read().to(dtype)):
+                    return False
+    return names == tensors.keys()
 
 
 def _write_config(folder: Path, config: MMScaleConfig, dtype: torch.dtype) -> None:
