@@ -120,7 +120,7 @@ def open_clips_step(
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(total)
+        return total.item()
 
     return step, model
 

@@ -167,22 +167,21 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         lengths: Tensor | None,
         labels: Tensor | None,
     ) -> MMScaleOutput:
-        output = MMScaleOutput()
+        found = {}
         if pixel_values is not None:
-            output.image_embeds, output.image_tokens = self.encode_image(pixel_values)
+            found["image_embeds"], found["image_tokens"] = self.encode_image(pixel_values)
         if input_ids is not None:
             lengths = self._lengths(input_ids, attention_mask, lengths)
-            output.text_embeds, text_tokens = self.encode_text(input_ids, lengths=lengths)
+            found["text_embeds"], text_tokens = self.encode_text(input_ids, lengths=lengths)
         if pixel_values is not None and input_ids is not None:
             scale, bias = self.logit_scale().unbind()
-            output.logits_per_image = output.image_embeds @ output.text_embeds.T * scale + bias
-            output.logits_per_text = output.logits_per_image.T
+            found["logits_per_image"] = found["image_embeds"] @ found["text_embeds"].T * scale + bias
+            found["logits_per_text"] = found["logits_per_image"].T
             if self.decoder is not None and pixel_values.shape[0] == input_ids.shape[0]:
-                hidden = self.decode(text_tokens, output.image_tokens)
-                output.logits = self.decoder.head(hidden)
+                found["logits"] = self.decoder.head(self.decode(text_tokens, found["image_tokens"]))
                 if labels is not None:
-                    output.loss = _caption_loss(output.logits, labels, lengths)
-        return output
+                    found["loss"] = _caption_loss(found["logits"], labels, lengths)
+        return MMScaleOutput(**found)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.text.tokens
