@@ -160,16 +160,16 @@ def peak_memory(side: str, size: str, captions: str) -> dict:
     """Bytes of this process at its peak over three steps, above imports and 16 bytes a parameter."""
     if side == "open_clip":
         import open_clip  # noqa: F401
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step, model = (our_step if side == "mmscale" else open_clips_step)(size, captions)
     for _ in range(3):
         step()
     parameters = sum(p.numel() for p in model.parameters())
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     return {"activations": peak - before - 16 * parameters, "peak": peak, "imports": before, "parameters": parameters}
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
