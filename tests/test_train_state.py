@@ -27,7 +27,7 @@ class Part(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(5, 7)
+        self.blocks = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 7)])
         self.norm = nn.LayerNorm(7)
         self.frozen = nn.Linear(7, 3)
         self.down = nn.Linear(7, 1)
@@ -36,7 +36,9 @@ class Part(nn.Module):
 
     def forward(self, x):
         self.seen += 1
-        hidden = torch.tanh(self.norm(self.up(x)))
+        hidden = torch.tanh(self.norm(self.blocks[0](x)))
+        for block in self.blocks[1:]:
+            hidden = hidden + torch.tanh(block(hidden))
         return self.down(hidden) + self.frozen(hidden).sum(-1, keepdim=True)
 
 
@@ -60,7 +62,7 @@ def forward_backward(module, micro_batches, backward):
     return {"loss": total}
 
 
-def build(stage, accumulation=1, precision="fp32"):
+def build(stage, optimizer="adamw"):
     from mmscale.train.engine import Engine, start_processes
     from mmscale.train.optimizer import freeze
 
@@ -68,17 +70,14 @@ def build(stage, accumulation=1, precision="fp32"):
     torch.manual_seed(0)
     objective = Objective()
     freeze(objective.model, ["frozen"])
-    share = GLOBAL_BATCH // processes.world_size
     config = validate(
         {
             "run": {"dir": "unused"},
-            "optim": {"weight_decay": 0.3},
+            "optim": {"weight_decay": 0.3, "name": optimizer},
             "train": {
                 "samples": 1,
                 "global_batch": GLOBAL_BATCH,
-                "micro_batch": share // accumulation,
                 "zero_stage": stage,
-                "precision": precision,
                 "grad_clip": 0.5,
                 "ema_decay": 0.9,
             },
@@ -88,12 +87,12 @@ def build(stage, accumulation=1, precision="fp32"):
     return Engine(objective, forward_backward, config, processes), processes
 
 
-def train(engine, processes, steps, accumulation=1):
+def train(engine, processes, steps):
     curve = []
     for step in steps:
         x = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
         mine = x[processes.rank :: processes.world_size]
-        update = engine.step(list(mine.chunk(accumulation)), lr=0.01)
+        update = engine.step([mine], lr=0.01)
         assert update.applied
         engine.average.update(step + 1)
         curve.append((float(update.values["loss"]), float(update.grad_norm)))
@@ -118,11 +117,11 @@ def tensors_of(folder):
     }
 
 
-def write_and_go_on(root, stages):
+def write_and_go_on(root, stages, optimizer="adamw"):
     """Five updates, a save, and the two updates that come after it; for every stage."""
     results = {}
     for stage in stages:
-        engine, processes = build(stage)
+        engine, processes = build(stage, optimizer)
         train(engine, processes, range(5))
         folder = save(engine, processes, Path(root) / f"{processes.world_size}_{stage}", 5)
         after = train(engine, processes, range(5, 7))
@@ -131,12 +130,12 @@ def write_and_go_on(root, stages):
     return results
 
 
-def read_and_go_on(root, folders, stages):
+def read_and_go_on(root, folders, stages, optimizer="adamw"):
     """Restores every folder in every stage, saves what was restored, and makes the two updates."""
     results = {}
     for stage in stages:
         for index, folder in enumerate(folders):
-            engine, processes = build(stage)
+            engine, processes = build(stage, optimizer)
             engine.state.restore(Checkpoint.open(folder))
             here = Path(root) / f"read_{processes.world_size}_{stage}_{index}"
             restored = tensors_of(save(engine, processes, here, 5))
@@ -164,7 +163,7 @@ def test_every_stage_and_rank_count_saves_the_same_and_resumes_from_every_other(
     origin, after, weights = written[2][1]
     reference = tensors_of(origin)
     assert {key.split("/")[0] for key in reference} == {"param", "exp_avg", "exp_avg_sq", "ema", "step", "buffer"}
-    assert reference["step/up.weight"].item() == 5
+    assert reference["step/blocks.0.weight"].item() == 5
     assert "buffer/table" not in reference
     everything = [folder for results in written.values() for folder, _, _ in results.values()]
     for results in written.values():
@@ -182,3 +181,22 @@ def test_every_stage_and_rank_count_saves_the_same_and_resumes_from_every_other(
             torch.testing.assert_close(their_after, after, atol=1e-6, rtol=0, msg=f"{ranks} ranks, stage {stage}")
             assert_same(their_weights, weights)
             assert their_weights["step/down.bias"].item() == 7
+
+
+@pytest.mark.slow
+def test_muons_momentum_moves_between_stages_and_ranks(tmp_path):
+    stages = (0, 1, 2, 3)
+    written = {ranks: run_ranks(ranks, write_and_go_on, tmp_path, stages, "muon")[0] for ranks in (1, 2)}
+    origin, after, weights = written[2][1]
+    reference = tensors_of(origin)
+    momenta = {key for key in reference if key.startswith("momentum_buffer/")}
+    assert momenta == {f"momentum_buffer/blocks.{i}.weight" for i in range(3)}
+    assert "exp_avg/blocks.0.weight" not in reference and "exp_avg/down.weight" in reference
+    for ranks in (1, 4):
+        results = run_ranks(ranks, read_and_go_on, tmp_path / "read", [origin], stages, "muon")[0]
+        for (stage, _), (restored, their_after, their_weights) in results.items():
+            assert_same(restored, reference, exact=True)
+            losses, expected = ([loss for loss, _ in curve] for curve in (their_after, after))
+            torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3, msg=f"{ranks} ranks, stage {stage}")
+            for key in momenta:
+                torch.testing.assert_close(their_weights[key], weights[key], atol=1e-3, rtol=1e-2)

@@ -129,7 +129,7 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device) -> d
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if clips_itself(train) else train.grad_clip,
+        "gradient_clipping": 0.0 if clips_itself(train) else clip_norm(config),
         "zero_optimization": {"stage": train.zero_stage, **_offload(train)},
         **_precision(train, device),
     }
@@ -139,8 +139,17 @@ def deepspeed_config(config: Config, world_size: int, device: torch.device) -> d
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's AdamW steps offloaded state: DeepSpeed's has to be compiled
         "zero_optimization": {"overlap_comm": False},
     }
+    if config.optim.name == "muon":
+        if train.precision == "fp16" or train.offload != "none":
+            raise UserError("optim.name: muon works with neither fp16 nor train.offload; take adamw")
+        defaults["zero_optimization"]["reduce_scatter"] = train.zero_stage != 3  # Muon needs whole gradients there
     _refuse_clashes(config.deepspeed, derived)
     return _merge(_merge(defaults, config.deepspeed), derived)
+
+
+def clip_norm(config: Config) -> float:
+    """The largest gradient norm. None with Muon: DeepSpeed would clip the update after it has been orthogonalised."""
+    return config.train.grad_clip if config.optim.name == "adamw" else 0.0
 
 
 def clips_itself(train: TrainConfig) -> bool:
@@ -243,6 +252,8 @@ class Engine:
         self.processes = processes
         self._forward_backward = forward_backward
         settings = deepspeed_config(config, processes.world_size, processes.device)
+        if config.optim.name == "muon" and processes.device.type == "cpu":
+            torch.compiler.set_stance("force_eager")  # its kernels are compiled, which on a CPU takes a C++ compiler
         optimizer = build_optimizer(objective, config.optim)
         self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.objective = objective
@@ -294,8 +305,8 @@ class Engine:
             self.deepspeed.zero_grad()
             return
         update.grad_norm = norm
-        if self.config.train.grad_clip:
-            torch._foreach_div_(gradients, float(((norm + 1e-6) / self.config.train.grad_clip).clamp(min=1.0)))
+        if limit := clip_norm(self.config):
+            torch._foreach_div_(gradients, float(((norm + 1e-6) / limit).clamp(min=1.0)))
         self.deepspeed.step()
 
     def _may_update(self, norm: Tensor) -> bool:

@@ -31,17 +31,30 @@ def decays(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and name.endswith("weight") and "position" not in name
 
 
+def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """True for what Muon steps: matrices inside a tower's blocks, not those that read pictures or write words."""
+    return decays(name, shape) and len(shape) == 2 and re.search(r"\.\d+\.", name) is not None
+
+
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
-    """The optimizer's groups: by weight decay and by factor of the learning rate (`lr_scale`)."""
+    """The optimizer's groups: by weight decay, by factor of the learning rate (`lr_scale`), and by who steps them."""
     scales = layer_scales([bare_name(name) for name, _ in module.named_parameters()], optim.layer_decay)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for long_name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            key = (decays(bare_name(name), tuple(parameter.shape)), scales[bare_name(name)])
-            groups.setdefault(key, []).append(parameter)
+            name, shape = bare_name(long_name), tuple(parameter.shape)
+            muon = optim.name == "muon" and is_hidden_matrix(name, shape)
+            groups.setdefault((muon, decays(name, shape), scales[name]), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": optim.weight_decay if decayed else 0.0, "lr_scale": scale}
-        for (decayed, scale), parameters in sorted(groups.items(), key=lambda item: (not item[0][0], -item[0][1]))
+        {
+            "params": parameters,
+            "weight_decay": optim.weight_decay if decayed else 0.0,
+            "lr_scale": scale * (optim.muon_lr / optim.lr if muon else 1.0),
+            "use_muon": muon,
+        }
+        for (muon, decayed, scale), parameters in sorted(
+            groups.items(), key=lambda item: (not item[0][0], not item[0][1], -item[0][2])
+        )
     ]
 
 
@@ -69,8 +82,19 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """PyTorch's AdamW: nothing to compile, and the same state in every stage.
+    """PyTorch's AdamW, which needs no compiler and keeps the same state in every stage; or Muon for the hidden matrices
+    (https://kellerjordan.github.io/posts/muon, in DeepSpeed's implementation) with AdamW for everything else.
 
     The learning rate starts at 0, because some of DeepSpeed's stages make a dummy update while they are built.
     """
-    return torch.optim.AdamW(parameter_groups(module, optim), lr=0.0, betas=optim.betas, eps=optim.eps)
+    groups = parameter_groups(module, optim)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        group["lr"] = 0.0
+        group |= {"momentum": optim.muon_momentum} if group["use_muon"] else {"betas": optim.betas, "eps": optim.eps}
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # DeepSpeed asks the parameter
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)

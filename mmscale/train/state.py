@@ -11,8 +11,10 @@ them in, in any stage and on any number of ranks. The weights, both Adam moments
 same flat tensors, so one description serves them all.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ from mmscale.errors import UserError
 class Slot:
     """Elements [start, stop) of a parameter, at `offset` of `flat`, which is fp32 and what the optimizer steps.
 
-    `replicated`: every rank has the same slot (stage 0), so that each saves only its share.
+    `replicated`: every rank has the same slot (stage 0), so that each saves only its share. `momentum_offset`: where
+    the whole parameter's momentum begins; stages 1 and 2 keep Muon's so, on every rank that steps a part of it.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Slot:
     flat: Tensor
     offset: int
     replicated: bool = False
+    momentum_offset: int | None = None
 
     def view(self, like_flat: Tensor) -> Tensor:
         """This slot's elements, [stop - start], of a tensor that lies along `flat`."""
@@ -65,7 +69,7 @@ class TrainState:
         self.companions: dict[str, dict[Tensor, Tensor]] = {}
         self._groups = dict(_flats_and_groups(self._zero))
         for flat, group in self._groups.items():
-            _create_optimizer_state(self._inner.state[flat], flat, group)
+            _create_optimizer_state(self._inner.state[flat], flat, group, _momentum_size(self._zero, flat))
 
     @property
     def flats(self) -> list[Tensor]:
@@ -86,9 +90,13 @@ class TrainState:
             low, high = self._share(slot.start, slot.stop) if slot.replicated else (slot.start, slot.stop)
             if low >= high:
                 continue
-            for kind, along in self._kinds(slot):
-                data = _host_copy(slot.view(along)[low - slot.start : high - slot.start])
-                fragments.append(Fragment(kind, slot.name, slot.shape, low, high, data))
+            for kind, start, data in self._runs(slot):
+                if slot.replicated:
+                    data = data[low - start : high - start]
+                if slot.replicated or start == slot.start:  # else another rank, too, has it from its beginning
+                    begin = low if slot.replicated else start
+                    end = begin + data.numel()
+                    fragments.append(Fragment(kind, slot.name, slot.shape, begin, end, _host_copy(data)))
             if low == 0 and "step" in (state := self._inner.state[slot.flat]):
                 step = torch.tensor([int(state["step"])], dtype=torch.int64)
                 fragments.append(Fragment("step", slot.name, (), 0, 1, step))
@@ -113,14 +121,17 @@ class TrainState:
             for group in self._inner.param_groups
         ]
 
-    def _kinds(self, slot: Slot) -> Iterator[tuple[str, Tensor]]:
-        """(kind, tensor that lies along the slot's flat) for all that is kept for every element."""
-        yield "param", slot.flat
+    def _runs(self, slot: Slot) -> Iterator[tuple[str, int, Tensor]]:
+        """(kind, start, this rank's flat elements from there on) for all that is kept for every element."""
+        yield "param", slot.start, slot.view(slot.flat)
         state = self._inner.state[slot.flat]
         for kind in _state_kinds(self._groups[slot.flat]):
-            yield kind, state[kind]
+            if slot.momentum_offset is None:
+                yield kind, slot.start, slot.view(state[kind])
+            else:
+                yield kind, 0, state[kind].narrow(0, slot.momentum_offset, math.prod(slot.shape))
         for kind, tensors in self.companions.items():
-            yield kind, tensors[slot.flat]
+            yield kind, slot.start, slot.view(tensors[slot.flat])
 
     def _share(self, start: int, stop: int) -> tuple[int, int]:
         size = stop - start
@@ -141,11 +152,11 @@ class TrainState:
         self._check_names(checkpoint)
         _before_writing(self._zero)
         for slot in self.slots:
-            for kind, along in self._kinds(slot):
+            for kind, start, data in self._runs(slot):
                 if checkpoint.has(slot.name, kind):
-                    slot.view(along).copy_(checkpoint.read(slot.name, kind, slot.start, slot.stop))
+                    data.copy_(checkpoint.read(slot.name, kind, start, start + data.numel()))
                 elif kind in self.companions:
-                    slot.view(along).copy_(slot.view(slot.flat))
+                    data.copy_(slot.view(slot.flat))
             state = self._inner.state[slot.flat]
             if "step" in state and checkpoint.has(slot.name, "step"):
                 # Parameters that were frozen for a while share a flat tensor, and so a count, with those that were not.
@@ -208,9 +219,15 @@ def _slots(zero: Any, names: dict[nn.Parameter, str]) -> Iterator[Slot]:
         for parameter, name in names.items():
             link = parameter._hp_mapping
             if link is not None:
-                flat = zero.single_partition_of_fp32_groups[link.param_group_index]
+                group = link.param_group_index
+                flat = zero.single_partition_of_fp32_groups[group]
                 inside, start = link.hp_fragment_address, link.lp_fragment_address.start
-                yield Slot(name, tuple(parameter.shape), start, start + inside.numel, flat, inside.start)
+                momentum = None
+                if zero.optimizer.param_groups[group].get("use_muon"):
+                    before = takewhile(lambda other, p=parameter: other is not p, zero.params_in_partition[group])
+                    momentum = sum(other.numel() for other in before)
+                stop = start + inside.numel
+                yield Slot(name, tuple(parameter.shape), start, stop, flat, inside.start, momentum_offset=momentum)
     else:
         masters = _stage0_masters(zero)
         for parameter, name in names.items():
@@ -243,11 +260,25 @@ def _state_kinds(group: dict[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group.get("use_muon") else ("exp_avg", "exp_avg_sq")
 
 
-def _create_optimizer_state(state: dict[str, Any], flat: Tensor, group: dict[str, Any]) -> None:
+def _momentum_size(zero: Any, flat: Tensor) -> int | None:
+    """Elements of Muon's momentum where it does not lie along the flat tensor (see `Slot`)."""
+    if isinstance(zero, DeepSpeedZeroOptimizer):
+        for index, candidate in enumerate(zero.single_partition_of_fp32_groups):
+            if candidate is flat:
+                return sum(parameter.numel() for parameter in zero.params_in_partition[index])
+    return None
+
+
+def _create_optimizer_state(
+    state: dict[str, Any], flat: Tensor, group: dict[str, Any], momentum_size: int | None
+) -> None:
     """State as before the first update; some stages have by now made a dummy one and counted it."""
-    for kind in _state_kinds(group):
-        state[kind] = torch.zeros_like(flat, requires_grad=False)
-    if not group.get("use_muon"):
+    if group.get("use_muon"):
+        own = momentum_size is not None
+        state["momentum_buffer"] = flat.new_zeros(momentum_size) if own else torch.zeros_like(flat, requires_grad=False)
+    else:
+        for kind in _state_kinds(group):
+            state[kind] = torch.zeros_like(flat, requires_grad=False)
         device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -286,4 +317,7 @@ def _after_writing(zero: Any) -> None:
 
 
 def _host_copy(data: Tensor) -> Tensor:
-    return data.detach().to("cpu", copy=True)
+    """A copy on the host; what is fp32 in other runs is saved as fp32 by all."""
+    return data.detach().to(
+        "cpu", torch.promote_types(data.dtype, torch.float32) if data.is_floating_point() else None, copy=True
+    )
