@@ -1,7 +1,7 @@
 """Toy shards: drawn pictures of coloured shapes, with captions that say exactly what is drawn.
 
-A scene is either one group of equal shapes in some half of the picture ("three small green stars at the top") or two
-groups in a relation ("a small red circle above two large blue squares"). Every caption of a scene names all its
+A scene is either one group of equal shapes ("three small green stars") or two groups in a relation ("a small red circle
+above two large blue squares"). Every caption of a scene names all its
 attributes, and no two scenes share a caption, so that a generated caption is right or wrong without judgement.
 
 A hash of (seed, scene) says to which split a scene belongs, so that no scene, hence no picture, of `val` is ever
@@ -11,7 +11,7 @@ The shards are laid out as img2dataset writes them: `KEY.jpg`, `KEY.txt` (one of
 which holds
     captions    all phrasings of the scene
     class_name  the shape, in pictures of one group only: these are the ones that zero-shot classification uses
-    relation    `above` or `left of` (first group to second), or the half in which a single group lies
+    relation    `above` or `left of` (first group to second); null for a single group
     objects     one entry for every drawn shape: shape, color, size, group (0 or 1) and box, which is
                 [left, top, right, bottom] in pixels, right and bottom exclusive
 beside img2dataset's own key, caption, status, width and height.
@@ -47,6 +47,7 @@ SIZES = {"small": 9, "large": 13}  # radius in pixels
 COUNTS = ("a", "two", "three")
 # Shapes lie near the centres of 4 x 4 cells, so that none touches another; a half is two columns or two rows of them.
 CELL = 32
+ANYWHERE = [(row, column) for row in range(4) for column in range(4)]
 HALVES = {
     "on the left": [(row, column) for row in range(4) for column in (0, 1)],
     "on the right": [(row, column) for row in range(4) for column in (2, 3)],
@@ -60,6 +61,7 @@ PICTURE_SIZE = 4 * CELL
 SHIFT = 2  # pixels that a shape may lie off the centre of its cell, each way
 # The mean colour of photographs, which becomes zero where pixels are normalised: what is drawn stands out at once.
 BACKGROUND = (123, 117, 104)
+OUTLINE = (255, 255, 255)  # the same around every color, so that a shape looks the same in each
 SUPERSAMPLING = 2
 JPEG_QUALITY = 92
 STAGING = ".partial"
@@ -81,19 +83,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn: one group and its half, or two groups and the relation of the first to the second."""
+    """What is drawn: one group anywhere, or two groups and the relation of the first to the second."""
 
     groups: tuple[Group, ...]
-    relation: str
+    relation: str | None = None
 
     @property
     def captions(self) -> list[str]:
         """All phrasings; each of them belongs to this scene only."""
         first = self.groups[0]
         there = "there is" if first.count == 1 else "there are"
-        if len(self.groups) == 1:
-            statement = f"{first} {self.relation}"
-            last = f"{self.relation} {there} {first}"
+        if self.relation is None:
+            statement, last = str(first), f"this shows {first}"
         else:
             statement = f"{first} {self.relation} {self.groups[1]}"
             last = f"{self.groups[1]} {INVERSE[self.relation]} {first}"
@@ -119,11 +120,11 @@ def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[dict]]:
     background = tuple(channel + rng.randrange(-3, 4) for channel in BACKGROUND)
     canvas = Image.new("RGB", (PICTURE_SIZE * SUPERSAMPLING,) * 2, background)
     brush = ImageDraw.Draw(canvas)
-    halves = RELATIONS.get(scene.relation, (scene.relation,))
+    cells = [HALVES[half] for half in RELATIONS[scene.relation]] if scene.relation else [ANYWHERE]
     objects = []
-    for number, (group, half) in enumerate(zip(scene.groups, halves, strict=True)):
+    for number, (group, own_cells) in enumerate(zip(scene.groups, cells, strict=True)):
         color = tuple(min(255, max(0, channel + rng.randrange(-18, 19))) for channel in COLORS[group.color])
-        for x, y, radius in _places(group, HALVES[half], rng):
+        for x, y, radius in _places(group, own_cells, rng):
             box = _draw_shape(brush, group.shape, x, y, radius, color, background)
             attributes = {"shape": group.shape, "color": group.color, "size": group.size}
             objects.append({**attributes, "group": number, "box": box})
@@ -140,10 +141,10 @@ def make_toy(
 ) -> dict[str, int]:
     """Writes `train-%05d.tar` and `val-%05d.tar` into `out`; the same arguments give the same bytes.
 
-    `val` comes on top of `samples`; its scenes are half of one group and half of two, and all distinct as long as
-    there are enough of one group (about 288 of 1,152; a larger `val` draws some of them again). `progress` is called
-    with the number of samples written so far. Returns the number of samples of each split. Raises UserError when a
-    number is out of range or `out` holds something already.
+    `val` comes on top of `samples`. Half of its pictures show one group, in one of about 72 scenes that are drawn again
+    and again; the scenes of the other half are all distinct. `progress` is called with the number of samples written so
+    far. Returns the number of samples of each split. Raises UserError when a number is out of range or `out` holds
+    something already.
     """
     if shards < 1 or samples < shards:
         raise UserError(f"--samples {samples} --shards {shards}: every shard needs at least one sample")
@@ -172,7 +173,7 @@ def make_toy(
 
 def _train_scenes(seed: int) -> Iterator[Scene]:
     rng = random.Random(f"{seed}/train/scenes")
-    singles = [scene for scene in _single_scenes() if scene.split(seed) == "train"]
+    singles = _single_scenes(seed, "train")
     groups = list(every_group())
     while True:
         if rng.randrange(2):
@@ -187,7 +188,7 @@ def _train_scenes(seed: int) -> Iterator[Scene]:
 def _val_scenes(seed: int) -> Iterator[Scene]:
     """One group and two groups in turn."""
     rng = random.Random(f"{seed}/val/scenes")
-    singles = [scene for scene in _single_scenes() if scene.split(seed) == "val"]
+    singles = _single_scenes(seed, "val")
     groups = list(every_group())
     seen: set[Scene] = set()
     while True:
@@ -201,10 +202,8 @@ def _val_scenes(seed: int) -> Iterator[Scene]:
             yield pair
 
 
-def _single_scenes() -> Iterator[Scene]:
-    for group in every_group():
-        for half in HALVES:
-            yield Scene((group,), half)
+def _single_scenes(seed: int, split: str) -> list[Scene]:
+    return [scene for group in every_group() if (scene := Scene((group,))).split(seed) == split]
 
 
 def _random_pair(groups: list[Group], rng: random.Random) -> Scene:
@@ -214,11 +213,11 @@ def _random_pair(groups: list[Group], rng: random.Random) -> Scene:
     return Scene((first, second), rng.choice(list(RELATIONS)))
 
 
-def _places(group: Group, half: list[tuple[int, int]], rng: random.Random) -> Iterator[tuple[int, int, int]]:
-    """Centre and radius, in supersampled pixels, of each shape of a group: in different cells of the half."""
+def _places(group: Group, cells: list[tuple[int, int]], rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """Centre and radius, in supersampled pixels, of each shape of a group: each in a cell of its own."""
     radius = SIZES[group.size] * SUPERSAMPLING
     radius = rng.randrange(radius * 93 // 100, radius * 105 // 100 + 1)
-    for row, column in rng.sample(half, group.count):
+    for row, column in rng.sample(cells, group.count):
         shift_x, shift_y = rng.randrange(-SHIFT, SHIFT + 1), rng.randrange(-SHIFT, SHIFT + 1)
         x, y = column * CELL + CELL // 2 + shift_x, row * CELL + CELL // 2 + shift_y
         yield x * SUPERSAMPLING, y * SUPERSAMPLING, radius
@@ -230,13 +229,13 @@ def _draw_shape(
     """Draws one shape, in supersampled pixels; returns its box in pixels of the picture."""
     if shape in ("circle", "ring"):
         box = [x - radius, y - radius, x + radius, y + radius]
-        brush.ellipse(box, fill=color)
+        brush.ellipse(box, fill=color, outline=OUTLINE, width=2 * SUPERSAMPLING)
         if shape == "ring":
             hole = radius * 11 // 20
-            brush.ellipse([x - hole, y - hole, x + hole, y + hole], fill=background)
+            brush.ellipse([x - hole, y - hole, x + hole, y + hole], background, OUTLINE, 2 * SUPERSAMPLING)
     else:
         corners = [(x + round(dx * radius / 100), y + round(dy * radius / 100)) for dx, dy in _OUTLINES[shape]]
-        brush.polygon(corners, fill=color)
+        brush.polygon(corners, color, OUTLINE, 2 * SUPERSAMPLING)
         xs, ys = zip(*corners, strict=True)
         box = [min(xs), min(ys), max(xs), max(ys)]
     low, high = box[:2], box[2:]

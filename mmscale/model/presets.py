@@ -12,15 +12,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embed_dim": 128,
         "vision": {
             "image_size": 64,
-            "patch_size": 8,
+            "patch_size": 16,
             "width": 128,
             "layers": 4,
             "heads": 4,
             "mlp_ratio": 4.0,
-            "pooler_queries": 33,
+            "pooler_queries": 9,
             "pooler_heads": 4,
         },
-        "text": {"context_length": 32, "width": 128, "layers": 3, "heads": 4, "mlp_ratio": 4.0},
+        "text": {"context_length": 32, "width": 128, "layers": 2, "heads": 4, "mlp_ratio": 4.0},
         "decoder": {"layers": 2, "heads": 4, "mlp_ratio": 4.0},
     },
     "b32": {
