@@ -37,7 +37,7 @@ def shards(tmp_path_factory):
 
 def all_scenes():
     groups = list(toy.every_group())
-    singles = [toy.Scene((group,), half) for group in groups for half in toy.HALVES]
+    singles = [toy.Scene((group,)) for group in groups]
     pairs = [toy.Scene(pair, relation) for pair in itertools.permutations(groups, 2) for relation in toy.RELATIONS]
     return singles, random.Random(0).sample(pairs, 20_000)
 
@@ -92,7 +92,7 @@ def test_every_caption_states_every_attribute():
     singles, pairs = all_scenes()
     for scene in singles + pairs[:500]:
         for caption in scene.captions:
-            assert any(word in caption for word in words.get(scene.relation, scene.relation).split("|"))
+            assert scene.relation is None or any(word in caption for word in words[scene.relation].split("|"))
             for group in scene.groups:
                 assert str(group) in caption
 
@@ -112,7 +112,7 @@ def test_every_kind_of_scene_is_there_in_good_proportion(shards):
     for values in (toy.SHAPES, toy.COLORS, toy.SIZES, (1, 2, 3)):
         for value in values:
             assert counts[value] > 0.6 * total / len(values), value
-    assert min(counts[relation] for relation in (*toy.HALVES, *toy.RELATIONS)) > 0.05 * len(records)
+    assert min(counts[relation] for relation in toy.RELATIONS) > 0.05 * len(records)
     assert len(toy.SHAPES) >= 6 and len(toy.COLORS) >= 8
 
 
@@ -131,8 +131,8 @@ def test_what_is_drawn_is_what_the_objects_say(shards):
             left, top, right, bottom = item["box"]
             inside = pixels[top:bottom, left:right]
             distance = np.abs(inside - np.median(pixels, (0, 1))).sum(-1)
-            drawn = inside[distance > 0.7 * distance.max()].mean(0)
-            assert min(colors, key=lambda name: np.abs(colors[name] - drawn).sum()) == item["color"]
+            near = {name: (np.abs(inside - color).sum(-1) < 90).sum() for name, color in colors.items()}
+            assert max(near, key=near.get) == item["color"]
             # The box is tight: the shape comes within three pixels of each side (a star has thin tips).
             rows, columns = np.nonzero(distance > 45)
             assert rows.min() <= 3 and columns.min() <= 3
@@ -141,7 +141,7 @@ def test_what_is_drawn_is_what_the_objects_say(shards):
         assert np.abs(pixels[outside] - np.median(pixels, (0, 1))).sum(-1).max() < 60  # what JPEG smears
 
 
-def test_relations_and_halves_hold_for_the_boxes(shards):
+def test_relations_hold_for_the_boxes(shards):
     for *_, record in read(shards, "val"):
         boxes = [[item["box"] for item in record["objects"] if item["group"] == group] for group in (0, 1)]
         if record["relation"] == "above":
@@ -149,9 +149,7 @@ def test_relations_and_halves_hold_for_the_boxes(shards):
         elif record["relation"] == "left of":
             assert max(box[2] for box in boxes[0]) <= min(box[0] for box in boxes[1]) + 1
         else:
-            middles = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
-            axis, side = middles[record["relation"]]
-            assert all(side * ((box[axis] + box[axis + 2]) / 2 - 64) > 0 for box in boxes[0])
+            assert record["relation"] is None and not boxes[1]
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_kept(tmp_path):
