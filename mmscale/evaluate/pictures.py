@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmscale.data import images
 from mmscale.data.loader import EvalSet
+from mmscale.data.paths import expand
+from mmscale.data.shards import Shards
 from mmscale.errors import UserError
 from mmscale.pretrained import Pretrained
 
@@ -31,11 +33,15 @@ class Picture:
         name: its path, its URL, or shard and key.
         pixels: `[3, size, size]`, uint8, as the model sees it.
         captions: what people wrote for it; empty unless it comes from a shard.
+        source: the file, the URL or the shards that it comes from.
+        place: its number among the samples of these shards; None outside of them.
     """
 
     name: str
     pixels: Tensor
     captions: list[str] = field(default_factory=list)
+    source: str = ""
+    place: int | None = None
 
 
 def read_pictures(sources: Sequence[str], pretrained: Pretrained, limit: int | None = None) -> Iterator[Picture]:
@@ -54,6 +60,25 @@ def read_pictures(sources: Sequence[str], pretrained: Pretrained, limit: int | N
     return islice(found, limit)
 
 
+def read_again(source: str, place: int | None, pretrained: Pretrained) -> Picture:
+    """One picture by its `source` and `place`, without reading those before it."""
+    if place is None:
+        return next(_read_source(source, pretrained))
+    shards = Shards(expand(source), pretrained.data)
+    for shard, count in enumerate(shards.counts):
+        if place < count:
+            raw = shards.read(shard, place)
+            return _decode(source, raw.image, pretrained.image_size, pretrained.data.max_pixels)
+        place -= count
+    raise UserError(f"{source}: has fewer samples than it had")
+
+
+def is_shards(source: str) -> bool:
+    """Whether a source is shards, rather than a picture or a folder of pictures."""
+    bare = source.partition("?")[0]
+    return bare.endswith(".tar") or bare.startswith("@") or (Path(bare).is_dir() and any(Path(bare).glob("*.tar")))
+
+
 def batched(pictures: Iterator[Picture], size: int) -> Iterator[tuple[list[Picture], Tensor]]:
     """Pictures in lists of up to `size`, each with its `[batch, 3, height, width]` pixels."""
     while batch := list(islice(pictures, size)):
@@ -62,7 +87,7 @@ def batched(pictures: Iterator[Picture], size: int) -> Iterator[tuple[list[Pictu
 
 def _read_source(source: str, pretrained: Pretrained) -> Iterator[Picture]:
     size, max_pixels = pretrained.image_size, pretrained.data.max_pixels
-    if source.split("?")[0].endswith(".tar"):
+    if is_shards(source):
         yield from _read_shards(source, pretrained)
     elif source.startswith(("http://", "https://")):
         yield _decode(source, _download(source), size, max_pixels)
@@ -100,7 +125,8 @@ def _read_shards(source: str, pretrained: Pretrained) -> Iterator[Picture]:
         for bad in batch.bad:
             logger.warning("left out: %s/%s: %s", bad.shard, bad.key, bad.reason)
         for row in batch.valid.nonzero().flatten().tolist():
-            yield Picture(batch.keys[row], batch.pixel_values[row], batch.captions[row])
+            place = int(batch.positions[row])
+            yield Picture(batch.keys[row], batch.pixel_values[row], batch.captions[row], source, place)
 
 
 def _decode(name: str, content: bytes, size: int, max_pixels: int) -> Picture:
@@ -108,7 +134,7 @@ def _decode(name: str, content: bytes, size: int, max_pixels: int) -> Picture:
         view = images.center_view(images.decode(content, max_pixels), size)
     except images.ImageError as error:
         raise UserError(f"{name}: {error}") from None
-    return Picture(name, torch.from_numpy(view.copy()).permute(2, 0, 1))
+    return Picture(name, torch.from_numpy(view.copy()).permute(2, 0, 1), source=name)
 
 
 def _download(url: str) -> bytes:
