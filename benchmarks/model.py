@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--gpu", action="store_true", help="MFU on the GPU instead")
     options.add_argument("--sizes", default="", help="of the side by side: small, b32; small alone when quick")
+    options.add_argument("--captions", default="12 words,full", help="of the side by side")
     options.add_argument("--rounds", type=int, help="pairs of steps")
     options.add_argument("--memory-of", nargs=3, metavar=("SIDE", "SIZE", "CAPTIONS"), help="used by itself")
     args = options.parse_args(argv)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         measure_flops(report)
         for size in sizes.split(","):
-            for captions in ("12 words", "full"):
+            for captions in args.captions.split(","):
                 measure_steps(report, size, captions, args.rounds or (3 if args.quick else 12))
                 measure_memory(report, size, captions, rounds=1 if args.quick else 3)
     report.finish(args.output)

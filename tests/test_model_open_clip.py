@@ -8,7 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mmscale.config import ModelConfig
 from mmscale.errors import UserError
+from mmscale.export.initial import take_initial_weights
 from mmscale.export.open_clip import from_open_clip, open_clip_config, read_open_clip, table, to_open_clip
 from mmscale.model import MMScaleConfig, MMScaleModel
 
@@ -175,3 +177,17 @@ def test_full_sizes_equal_the_real_open_clip(size):
     rows = expected["logits"].shape[1]
     real = (texts != 0)[:, :rows]
     assert_close(ours.logits[:, :rows][real], expected["logits"][real])
+
+
+def test_a_run_starts_from_an_open_clip_file_by_name(tmp_path):
+    theirs, state, _ = reference("narrow")
+    torch.save(state, tmp_path / "weights.pt")
+    settings = ModelConfig(init_from=f"open_clip:{tmp_path / 'weights.pt'}")
+    model = MMScaleModel(our_config(theirs))
+    (note,) = take_initial_weights(model, settings)
+    assert "tensors of open_clip:" in note
+    expected = from_open_clip(state, model.config)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UserError, match=r"`vision\.pooler\.queries`"):
+        wider = theirs["vision_cfg"] | {"attn_pooler_queries": 12}
+        take_initial_weights(MMScaleModel(our_config(theirs | {"vision_cfg": wider})), settings)
