@@ -23,7 +23,7 @@ from mmscale.data.toy import make_toy
 TURN = 5  # steps; the first of a turn is dropped, since it warms caches that the others have cooled
 
 
-def toy_job(folder: Path, config: Path, batch: int, **train) -> dict:
+def toy_job(folder: Path, batch: int, config: Path = ROOT / "configs/toy.yaml", **train) -> dict:
     """A configuration that trains on toy shards in `folder`, which are made when they are not there."""
     from mmscale.config import DataConfig
 
@@ -66,19 +66,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
-        def compare(kind: str, cases: dict[str, tuple[int, bool, dict]]) -> dict[str, list[float]]:
+        def compare(cases: dict[str, tuple[int, bool, dict]]) -> dict[str, list[float]]:
             with ExitStack() as stack:
                 fleets = {
-                    name: stack.enter_context(Fleet(job, world, synthetic))
-                    for name, (world, synthetic, job) in cases.items()
+                    name: stack.enter_context(Fleet(settings, world, synthetic))
+                    for name, (world, synthetic, settings) in cases.items()
                 }
                 return take_turns(fleets, rounds)
 
         def job(world: int, kind: str = "weak", stage: int = 1) -> dict:
-            return toy_job(folder, args.config, args.batch * (world if kind == "weak" else 1), zero_stage=stage)
+            batch = args.batch * (world if kind == "weak" else 1)
+            return toy_job(folder, batch, args.config, zero_stage=stage)
 
         for kind in ("weak", "strong"):
-            times = compare(kind, {str(world): (world, True, job(world, kind)) for world in worlds})
+            times = compare({str(world): (world, True, job(world, kind)) for world in worlds})
             for world in worlds:
                 batch = args.batch * (world if kind == "weak" else 1)
                 rate = [batch / seconds for seconds in times[str(world)]]
@@ -88,11 +89,11 @@ def main() -> None:
                     efficiency = [gain * a / b for a, b in zip(times["1"], times[str(world)], strict=True)]
                     report.add(f"{kind}, efficiency", "ratio", efficiency, "higher", processes=world, zero=1)
         world = worlds[-1]
-        times = compare("loader", {"synthetic": (world, True, job(world)), "loader": (world, False, job(world))})
+        times = compare({"synthetic": (world, True, job(world)), "loader": (world, False, job(world))})
         share = [a / b for a, b in zip(times["loader"], times["synthetic"], strict=True)]
         report.add("loader-fed against synthetic, step time", "ratio", share, processes=world, zero=1)
         if not args.quick:
-            times = compare("stages", {str(stage): (world, True, job(world, stage=stage)) for stage in range(4)})
+            times = compare({str(stage): (world, True, job(world, stage=stage)) for stage in range(4)})
             for stage in range(4):
                 rate = [args.batch * world / seconds for seconds in times[str(stage)]]
                 report.add("ZeRO stages, throughput", "samples/s", rate, "higher", processes=world, zero=stage)
