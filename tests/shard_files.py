@@ -2,8 +2,10 @@
 
 import functools
 import io
+import struct
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,16 @@ def picture(number: int, width: int = 40, height: int = 32, kind: str = "JPEG") 
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 90, "comment": mark(number)} if kind == "JPEG" else {}))
     return file.getvalue()
+
+
+def bomb(kind: str, side: int = 50_000) -> bytes:
+    """A picture whose header promises side x side pixels."""
+    data = picture(1, 16, 16, kind)
+    if kind == "PNG":
+        header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
+        return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", side, side) + data[at + 4 :]
 
 
 def mark(number: int) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shard_files import caption, picture, sample, tokenizer, write_shard, write_shards
+from shard_files import bomb, caption, picture, sample, tokenizer, write_shard, write_shards
 
 from mmscale.config import DataConfig
 from mmscale.data.loader import EvalSet, TrainStream, trimmed_length
@@ -124,13 +124,11 @@ def test_captions_are_padded_to_a_multiple_of_eight_with_the_class_token(tmp_pat
 
 def bad_parts():
     good = sample(900)
-    bomb = io.BytesIO()
-    Image.new("1", (50_000, 50_000)).save(bomb, "PNG")
     return {
         "truncated": ({**good, "jpg": good["jpg"][:500]}, "cannot be decoded"),
         "zero bytes": ({**good, "jpg": b""}, "no bytes"),
         "not an image": ({**good, "jpg": b"hello"}, "not an image"),
-        "bomb": ({"png": bomb.getvalue(), "txt": good["txt"]}, "pixels"),
+        "bomb": ({"png": bomb("PNG"), "txt": good["txt"]}, "pixels"),
         "no caption": ({"jpg": good["jpg"]}, "no caption"),
         "no image": ({"txt": good["txt"]}, "no image"),
         "empty caption": ({**good, "txt": b" \n"}, "caption is empty"),

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 TRIES = 8
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)

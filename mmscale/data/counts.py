@@ -11,15 +11,15 @@ from mmscale.errors import UserError
 STATS = "stats"
 
 
-def known_counts(source: str, shards: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """shard -> (number of samples, digest or "").
+def known_counts(source: str, shards: Sequence[str]) -> dict[str, tuple[int, int, str]]:
+    """shard -> (number of samples, bytes or 0, digest or "").
 
     source: `stats` reads img2dataset's `NAME_stats.json` beside each shard; anything else is the path or URL of a
     manifest: what `mmscale index --manifest` writes, a JSON list or lines of {"url", "count"}, or webdataset's
     {"shardlist": [{"url", "nsamples"}]}. Shards are matched by their whole path first, then by their name.
     """
     if source == STATS:
-        return {shard: (_stats_count(shard), "") for shard in shards}
+        return {shard: (_stats_count(shard), 0, "") for shard in shards}
     entries = list(_entries(source))
     by_url = {url: found for url, *found in entries}
     by_name = {shard_name(url): found for url, *found in entries}
@@ -28,25 +28,23 @@ def known_counts(source: str, shards: Sequence[str]) -> dict[str, tuple[int, str
         found = by_url.get(shard) or by_name.get(shard_name(shard))
         if found is None:
             raise UserError(f"data.counts: {source} says nothing about the shard {shard}")
-        counts[shard] = (found[0], found[1])
+        counts[shard] = tuple(found)
     return counts
 
 
-def _entries(source: str) -> Iterator[tuple[str, int, str]]:
+def _entries(source: str) -> Iterator[tuple[str, int, int, str]]:
     text = _read(source)
     try:
         try:
             content = json.loads(text)
         except ValueError:
             content = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if isinstance(content, dict) and not isinstance(
-            content := content.get("shardlist", content.get("shards")), list
-        ):
-            raise KeyError("shards")
+        if isinstance(content, dict):
+            content = content.get("shards") or content.get("shardlist") or [content]
         for entry in content:
             url = entry.get("url") or entry["shard"]
             count = next(entry[name] for name in ("count", "nsamples", "num_samples") if name in entry)
-            yield str(url), int(count), str(entry.get("digest", ""))
+            yield str(url), int(count), int(entry.get("bytes", 0)), str(entry.get("digest", ""))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise UserError(f'data.counts: {source} is no manifest: expected a list of {{"url", "count"}}') from None
 

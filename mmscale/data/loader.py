@@ -6,6 +6,7 @@ batch. Nothing depends on which thread reads which row.
 
 import hashlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from mmscale.config import DataConfig, Paths
 from mmscale.data.buffers import PixelBuffers
 from mmscale.data.captions import SampleError
 from mmscale.data.order import ORDER_VERSION, MixtureOrder, Place, StreamOrder
-from mmscale.data.paths import expand
+from mmscale.data.paths import expand, is_remote
+from mmscale.data.prefetch import Prefetch
 from mmscale.data.samples import BadSample, SampleReader
 from mmscale.data.shards import RawSample, Shards
 from mmscale.data.tokenizer import Tokenizer
@@ -108,12 +110,16 @@ class TrainStream:
             self._order = StreamOrder(counts[0], seed, data.lanes, data.block)
         else:
             self._order = MixtureOrder(counts, [weight for _, weight in sources], seed, data.lanes, data.block)
+        self._prefetch = None
+        if any(is_remote(path) for path in shards.paths):
+            _check_cache(data, shards)
+            self._prefetch = Prefetch(shards.enter)
         self._reader = SampleReader(shards, data, tokenizer, image_size, context_length)
         self._pad_id, self._image_size, self._context_length = tokenizer.pad_id, image_size, context_length
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._workers = Workers(data.workers)
-        self._slow_sample_s, self._allow_change = data.slow_sample_s, data.allow_change
+        self._slow_sample_s, self._allow_change, self._block = data.slow_sample_s, data.allow_change, data.block
         self.num_samples = self._order.num_samples
         self._shard_digests = [
             _digest(name, count, digest)
@@ -160,6 +166,9 @@ class TrainStream:
 
     def close(self) -> None:
         self._workers.close()
+        if self._prefetch is not None:
+            self._prefetch.close()
+        self._reader.shards.close()
 
     def _difference(self, state: dict) -> str:
         before, now = state.get("shards", {}), _summary(self._shard_digests)
@@ -177,6 +186,11 @@ class TrainStream:
         for start in range(0, len(rows), self._micro_batch):
             positions = rows[start : start + self._micro_batch]
             places = [self._order.locate(position) for position in positions]
+            if self._prefetch is not None:
+                self._prefetch.want(place.shard for place in places)
+                # The same lanes, one block further on.
+                ahead = self._order.lanes * self._block
+                self._prefetch.want(self._order.locate(position + ahead).shard for position in positions)
             builders.append(_Builder(positions, self._image_size, self._read_row, places, self._slow_sample_s))
         tasks = [task for builder in builders for task in builder.tasks()]
         return Plan(tasks, lambda: [builder.batch(self._pad_id, self._context_length) for builder in builders])
@@ -385,6 +399,17 @@ def _count_from(first: int, step: int) -> Iterator[int]:
 def _split(counts: list[int], groups: list[list[str]]) -> list[list[int]]:
     ends = np.cumsum([len(group) for group in groups])
     return [counts[end - len(group) : end] for group, end in zip(groups, ends, strict=True)]
+
+
+def _check_cache(data: DataConfig, shards: Shards) -> None:
+    """A cache that cannot hold the shards in play would fetch them again and again. Raises UserError."""
+    per_lane = math.ceil(data.block * len(shards.counts) / max(sum(shards.counts), 1)) + 1
+    needed = min(data.lanes * per_lane * sum(shards.sizes) / len(shards.sizes), sum(shards.sizes))
+    if data.cache_gib * 2**30 < needed:
+        raise UserError(
+            f"data.cache_gib: {data.cache_gib:g} GiB cannot hold the shards that are read at once (data.lanes "
+            f"{data.lanes} x data.block {data.block} samples): {needed / 2**30:.2f} GiB are needed"
+        )
 
 
 def _digest(*parts: object) -> str:

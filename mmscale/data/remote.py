@@ -49,7 +49,7 @@ class Remote:
 
 
 @contextmanager
-def open_remote(url: str, offset: int = 0, version: str | None = None, stall_s: float = STALL_S) -> Iterator[Remote]:
+def open_remote(url: str, offset: int = 0, version: str | None = None) -> Iterator[Remote]:
     """Opens a URL at `offset`, or at 0 where the source cannot start there or is no longer of that version.
 
     Raises RemoteError, UserError.
@@ -57,7 +57,7 @@ def open_remote(url: str, offset: int = 0, version: str | None = None, stall_s: 
     if version is None:
         offset = 0
     if url.startswith(("http://", "https://")):
-        remote = _open_http(url, offset, version, stall_s)
+        remote = _open_http(url, offset, version)
     else:
         remote = _open_fsspec(url, offset, version)
     try:
@@ -66,17 +66,17 @@ def open_remote(url: str, offset: int = 0, version: str | None = None, stall_s: 
         remote.file.close()
 
 
-def _open_http(url: str, offset: int, version: str | None, stall_s: float) -> Remote:
+def _open_http(url: str, offset: int, version: str | None) -> Remote:
     request = urllib.request.Request(url, headers={"User-Agent": "mmscale", "Accept-Encoding": "identity"})
     if offset:
         request.add_header("Range", f"bytes={offset}-")
         request.add_header("If-Range", version)
     try:
-        response = urllib.request.urlopen(request, timeout=stall_s)
+        response = urllib.request.urlopen(request, timeout=STALL_S)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # nothing lies after what is there already: begin again
-                return _open_http(url, 0, None, stall_s)
+                return _open_http(url, 0, None)
             final = 400 <= error.code < 500 and error.code not in (408, 425, 429)
             raise RemoteError(f"the server answered {error.code} {error.reason}", final) from None
     except (OSError, http.client.HTTPException) as error:

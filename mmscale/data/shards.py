@@ -32,8 +32,9 @@ class RawSample:
 class Shards:
     """A list of shards.
 
-    counts: samples of each shard. digests: what tells a shard from a changed one of the same name. Both are known
-    without reading a shard where `data.counts` names a manifest; such a shard is indexed when it is first entered.
+    counts: samples of each shard. sizes: bytes, 0 where unknown. digests: what tells a shard from a changed one of the
+    same name. All are known without reading a shard where `data.counts` names a manifest; such a shard is indexed when
+    it is first entered.
 
     Raises UserError for a shard that does not exist, is not a tar, holds no images, or is damaged (see
     data.on_damaged_shard).
@@ -49,10 +50,10 @@ class Shards:
         known = known_counts(data.counts, shards) if data.counts else None
         if known is None:
             summarize(self._indexes, self._store, shards)
-        self.paths, self.counts, self.digests = [], [], []
+        self.paths, self.counts, self.sizes, self.digests = [], [], [], []
         for path in shards:
             if known is not None:
-                count, digest = known[path]
+                count, size, digest = known[path]
             else:
                 summary = self._summary(path)
                 if not self._usable(path, summary.problems, summary.num_samples):
@@ -60,11 +61,16 @@ class Shards:
                 if not set(self._image_kinds) & set(summary.kinds):
                     found = ", ".join(summary.kinds) or "none"
                     raise UserError(f"{path}: holds no images ({data.image_key}); kinds of members found: {found}")
-                count, digest = summary.num_samples, summary.digest
+                count, size, digest = summary.num_samples, summary.tar_bytes, summary.digest
             self.paths.append(path)
             self.counts.append(count)
+            self.sizes.append(size)
             self.digests.append(digest)
         self.names = [shard_name(path) for path in self.paths]
+
+    def enter(self, shard: int) -> None:
+        """Fetches and indexes a shard ahead of its first sample. Raises SampleError."""
+        self._index(shard)
 
     def read(self, shard: int, number: int, *, with_record: bool = False, with_image: bool = True) -> RawSample:
         """The encoded parts of a sample. Raises SampleError."""
