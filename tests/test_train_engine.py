@@ -87,3 +87,27 @@ def check_only(run):
     from mmscale.train.trainer import train
 
     return train(run, check=True)
+
+
+def train_more_than_fits(folder):
+    from tiny_task import build_tiny, tiny_config
+
+    from mmscale.train.trainer import run
+
+    def build(config, processes):
+        task = build_tiny(config, processes)
+
+        def forward_backward(module, micro_batches, backward):
+            return torch.empty(1 << 45)
+
+        task.forward_backward = forward_backward
+        return task
+
+    return run(tiny_config(folder, train={"global_batch": 24, "micro_batch": 12}), build)
+
+
+def test_running_out_of_memory_is_answered_with_a_smaller_micro_batch(tmp_path):
+    with pytest.raises(
+        AssertionError, match=r"UserError: train.micro_batch: 12 does not fit into memory; set it to 6 "
+    ):
+        run_ranks(1, train_more_than_fits, str(tmp_path))

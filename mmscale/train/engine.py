@@ -68,8 +68,15 @@ class Processes:
         return result
 
 
-def start_processes() -> Processes:
-    """Joins the other ranks; a process group that is already there is used."""
+def start_processes(*, deterministic: bool = False) -> Processes:
+    """Joins the other ranks; a process group that is already there is used.
+
+    `deterministic` asks PyTorch for kernels that give the same bits every time, and for an error where it has none.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     # DeepSpeed would otherwise probe for a compiler, and compile a shared-memory all-reduce for more than a minute.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("WARNING")
@@ -112,6 +119,26 @@ def micro_batches_per_step(train: TrainConfig, world_size: int) -> tuple[int, in
             f"(global batch {total} over {world_size} ranks); {_listing(fits)} would"
         )
     return micro, share // micro
+
+
+def out_of_memory_advice(train: TrainConfig, world_size: int) -> str:
+    """What to do when a step does not fit: the largest micro-batch that divides and is at most half as large."""
+    micro, _ = micro_batches_per_step(train, world_size)
+    share = train.global_batch // world_size
+    smaller = max((n for n in range(1, micro // 2 + 1) if share % n == 0), default=None)
+    if smaller is None:
+        return (
+            "train.micro_batch: not even a micro-batch of 1 fits into memory; set model.checkpoint: full, a higher "
+            "train.zero_stage, or train.offload"
+        )
+    return (
+        f"train.micro_batch: {micro} does not fit into memory; set it to {smaller} (the global batch and its gradient "
+        f"stay the same), or save memory with model.checkpoint: full or a higher train.zero_stage"
+    )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _listing(numbers: list[int]) -> str:
@@ -284,7 +311,12 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(left == 0)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
 
-        values = self._forward_backward(self.deepspeed, micro_batches, backward)
+        try:
+            values = self._forward_backward(self.deepspeed, micro_batches, backward)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(out_of_memory_advice(self.config.train, self.processes.world_size)) from error
         assert left == 0, "one backward for every micro-batch"
         self._update = update = Update(values)
         self._wants_part_norms = part_norms

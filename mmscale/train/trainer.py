@@ -76,7 +76,7 @@ def run(
     config: Config, build: Callable[[Config, Processes], Task], *, check: bool = False, hooks: Sequence[Hook] = ()
 ) -> int:
     """`train` for any task: `build` makes it on every rank, with the same weights."""
-    processes = start_processes()
+    processes = start_processes(deterministic=config.run.deterministic)
     folder = RunFolder(config.run.dir, writes=processes.is_main and not check)
     trainer = None
     try:
