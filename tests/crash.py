@@ -167,10 +167,13 @@ def crash(folder: Path, steps: int, kills: int, *, seed: int = 0, same_shape: bo
             attempt.in_save = rng.random() < 0.6
             if wait_for_the_moment(rng, workers, folder / "run" / "checkpoints", attempt.in_save):
                 attempt.killed = True
+                # Before, a rank may still wait for the others to come; ending it is then up to the launcher.
+                training = all(Path(f"{attempt.log}.{rank}").exists() for rank in range(ranks))
                 victims = workers if rng.random() < 0.5 else [rng.choice(workers)]
                 for victim in victims:
                     victim.kill()
-                attempt.others_ended_s = end(workers, patience_s=20.0)
+                took = end(workers, patience_s=20.0)
+                attempt.others_ended_s = took if training else 0.0
         if not attempt.killed:
             end(workers, patience_s=120.0)
         status = (
