@@ -39,8 +39,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """A picture that answers a query, and its cosine similarity."""
+    """A picture that answers a query: its row in the index, and its cosine similarity."""
 
+    row: int
     entry: Entry
     similarity: float
 
@@ -58,7 +59,7 @@ class PictureIndex:
         """The nearest pictures of each of `embeds` `[queries, dim]`, nearest first."""
         similarities, rows = self._index.search(embeds.cpu().float().numpy(), min(top, len(self.entries)))
         return [
-            [Found(self.entries[row], float(similarity)) for similarity, row in zip(*pair, strict=True)]
+            [Found(int(row), self.entries[row], float(similarity)) for similarity, row in zip(*pair, strict=True)]
             for pair in zip(similarities, rows, strict=True)
         ]
 
