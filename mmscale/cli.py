@@ -209,37 +209,154 @@ def _add_caption(verbs) -> None:
 
 def _add_export(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
-        from mmscale.export.hub import export_hub
+        shared = {"ema": args.ema, "say": print}
+        if args.to == "clip-vision":
+            from mmscale.export.clip_vision import export_clip_vision
 
-        export_hub(
-            args.checkpoint,
-            args.out,
-            dtype=args.dtype,
-            ema=args.ema,
-            tokenizer=args.tokenizer,
-            scores=args.scores,
-            name=args.name,
-            license=args.license,
-            data=args.data,
-            say=print,
-        )
+            export_clip_vision(args.checkpoint, args.out, **shared)
+        elif args.to == "open_clip":
+            from mmscale.export.open_clip import export_open_clip
+
+            export_open_clip(args.checkpoint, args.out, tokenizer=args.tokenizer, **shared)
+        else:
+            from mmscale.export.hub import export_hub
+
+            card = {key: getattr(args, key) for key in ("scores", "name", "license", "data")}
+            export_hub(args.checkpoint, args.out, dtype=args.dtype, tokenizer=args.tokenizer, **card, **shared)
+        if args.push:
+            from mmscale.export.push import push_folder
+
+            push_folder(args.out, args.push, private=not args.public, dry_run=args.dry_run)
 
     parser = _verb(
         verbs,
         "export",
         run,
-        "write the trained model in the Hugging Face Hub format, and prove that it is the same",
+        "write the trained model for others, and prove that it is the same",
         "mmscale export runs/toy exports/toy --scores runs/toy/scores.json",
     )
     parser.add_argument("checkpoint", help="a run folder (its newest whole checkpoint) or a checkpoint folder")
     parser.add_argument("out", help="folder to write; must be empty or not there")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
+    parser.add_argument(
+        "--to",
+        choices=["hub", "open_clip", "clip-vision"],
+        default="hub",
+        help="Hugging Face Hub folder, open_clip checkpoint, or the image tower as a stock CLIPVisionModel",
+    )
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (hub)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run that kept them")
     parser.add_argument("--tokenizer", help="a SentencePiece model instead of the checkpoint's own")
     parser.add_argument("--scores", help="JSON file of `mmscale eval`, for the model card")
     parser.add_argument("--name", help="the model's name on its card (default: the folder's)")
     parser.add_argument("--license", help="for the model card, as the Hub spells it: apache-2.0, mit, ...")
     parser.add_argument("--data", help="what the model was trained on, for the card")
+    parser.add_argument("--push", metavar="USER/REPO", help="upload the folder to the Hugging Face Hub, private")
+    parser.add_argument("--public", action="store_true", help="with --push: a repository that is made is public")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: only show what would be uploaded")
+
+
+def _add_index(verbs) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from mmscale.data.indexing import index_shards
+
+        return index_shards(
+            args.shards, index_dir=args.index_dir, cache_dir=args.cache_dir, manifest=args.manifest, processes=args.jobs
+        )
+
+    parser = _verb(
+        verbs,
+        "index",
+        run,
+        "write or check the offset tables of shards, and say what is damaged (then it ends with 1)",
+        "mmscale index '/data/train-*.tar' --manifest /data/counts.json",
+    )
+    parser.add_argument("shards", nargs="+", help=_SHARDS)
+    parser.add_argument("--index-dir", help="where the tables go when the shards' folder is read-only")
+    parser.add_argument("--cache-dir", help="cache for remote shards")
+    parser.add_argument("--manifest", help="JSON file for every shard's count, size and digest: data.counts reads it")
+    parser.add_argument("--jobs", type=int, help="processes (default: the machine's cores)")
+
+
+def _add_search(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.evaluate.search_command import search_command
+
+        keys = ("top", "index", "html", "batch", "tokenizer", "ema", "device")
+        search_command(args.model, args.queries, args.data, **{key: getattr(args, key) for key in keys})
+
+    parser = _verb(
+        verbs,
+        "search",
+        run,
+        "find the pictures nearest to a text or to a picture",
+        "mmscale search exports/toy --data 'data/toy/val-*.tar' 'a small red circle'",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("queries", nargs="+", metavar="QUERY", help="a text, or a picture's file or URL")
+    parser.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        help="where to search: files, folders, URLs, .tar shards; may be repeated",
+    )
+    parser.add_argument("--top", type=int, default=10, help="pictures for each query (default: %(default)s)")
+    parser.add_argument("--index", help="folder for the embeddings (default: in the user's cache)")
+    parser.add_argument("--html", help="file for a page with the pictures")
+    parser.add_argument("--batch", type=int, default=64, help="pictures of a forward pass (default: %(default)s)")
+
+
+def _add_demo(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.evaluate.demo import demo_command
+
+        keys = ("host", "port", "index", "tokenizer", "ema", "device")
+        demo_command(args.model, args.data, **{key: getattr(args, key) for key in keys})
+
+    parser = _verb(
+        verbs,
+        "demo",
+        run,
+        "serve a local web page to try the model",
+        "mmscale demo exports/toy --data 'data/toy/val-*.tar'",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--data", action="append", default=[], help="pictures to search in; may be repeated")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--index", help="folder for the embeddings of --data (default: in the user's cache)")
+
+
+def _add_plan(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.config import load_config
+        from mmscale.plan import draw_sweep, plan, sweep, sweep_table
+
+        config = load_config(args.config, args.overrides)
+        base = plan(config, args.gpus, args.gpu, args.net, args.price, args.text_tokens)
+        print(base.text())
+        if args.sweep:
+            plans = list(sweep(base))
+            print(f"\n{sweep_table(plans)}")
+            draw_sweep(plans, args.sweep)
+            print(f"\n{args.sweep}")
+
+    parser = _verb(
+        verbs,
+        "plan",
+        run,
+        "work out memory, step time, communication and cost before anything is rented",
+        "mmscale plan configs/coca_l14.yaml --gpus 256 --gpu h200 --price 2.5 --sweep scaling.png",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+    parser.add_argument("--gpus", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, ... (default: %(default)s)")
+    parser.add_argument("--net", default="400Gb", help="bandwidth of each GPU between machines (default: %(default)s)")
+    parser.add_argument("--price", type=float, help="of a GPU hour")
+    parser.add_argument("--text-tokens", type=int, help="mean tokens of a caption")
+    parser.add_argument(
+        "--sweep", metavar="FILE.png", help="throughput and cost up to 4,096 GPUs, as table and picture"
+    )
 
 
 def _add_report(verbs) -> None:
@@ -263,4 +380,16 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _SHARDS = "path, glob, braces or @list.txt"
-_VERBS = [_add_toy, _add_tokenizer, _add_train, _add_eval, _add_caption, _add_export, _add_report]
+_VERBS = [
+    _add_toy,
+    _add_tokenizer,
+    _add_index,
+    _add_train,
+    _add_eval,
+    _add_caption,
+    _add_search,
+    _add_demo,
+    _add_export,
+    _add_report,
+    _add_plan,
+]
