@@ -10,8 +10,8 @@ Item = TypeVar("Item")
 LINE_EVERY_S = 10.0
 
 
-def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Passes the items through. Work that ends within a moment says nothing."""
+def track(items: Iterable[Item], total: int | None, what: str) -> Iterator[Item]:
+    """Passes the items through; `total` is None where it is not known. Work that ends within a moment says nothing."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track as bar
@@ -23,4 +23,5 @@ def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         yield item
         if time.monotonic() - last > LINE_EVERY_S:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total:,}"
+            print(f"{what}: {done:,}{of}", file=sys.stderr, flush=True)
