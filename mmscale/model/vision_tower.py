@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 
 from .configuration_mmscale import MMScaleConfig
 from .layers import AttentionalPooler, Block
@@ -83,8 +84,26 @@ class VisionTower(nn.Module):
         scale = self.config.width**-0.5
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=scale)
-        nn.init.normal_(self.positions, std=scale)
+        with torch.no_grad():
+            initialization.copy_(self.positions, self._initial_positions(scale))
         nn.init.normal_(self.patch_embedding.weight, std=self.patch_embedding.in_features**-0.5)
         if self.patch_embedding.bias is not None:
             nn.init.zeros_(self.patch_embedding.bias)
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+
+    def _initial_positions(self, scale: float) -> Tensor:
+        """Waves along both axes, so that near and far can be told from the start; they are learned from there on.
+
+        The frequencies are those of Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022), which keeps them
+        fixed. Drawn at random, positions are learned much later than colours and shapes, and counts wait for them.
+        """
+        like = {"device": self.positions.device, "dtype": torch.float32}
+        side = self.config.image_size // self.config.patch_size
+        bands = -(-self.config.width // 4)
+        frequencies = 10_000 ** -(torch.arange(bands, **like) / max(bands - 1, 1))
+        rows, columns = (axis.flatten() for axis in torch.meshgrid([torch.arange(side, **like)] * 2, indexing="ij"))
+        phases = [axis[:, None] * frequencies for axis in (columns, rows)]
+        waves = torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1)
+        grid = 0.5 * waves[:, : self.config.width]
+        class_position = torch.randn(self.positions.shape[0] - grid.shape[0], grid.shape[1], **like) * scale
+        return torch.cat([class_position, grid])
