@@ -277,6 +277,68 @@ def _add_index(verbs) -> None:
     parser.add_argument("--jobs", type=int, help="processes (default: the machine's cores)")
 
 
+def _add_pack(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.data.pack import pack
+
+        pack(
+            args.source,
+            args.out,
+            image=args.image,
+            text=args.text,
+            shard_size=args.shard_size,
+            longest_side=args.longest_side,
+            quality=args.quality,
+            processes=args.jobs,
+        )
+
+    parser = _verb(
+        verbs,
+        "pack",
+        run,
+        "make shards from a folder of pictures, or from a table of paths or URLs and captions",
+        "mmscale pack photos.csv data/photos --image path --text caption --longest-side 512",
+    )
+    parser.add_argument("source", help="folder with sidecar .txt or .json files; or .csv, .tsv, .jsonl, .parquet")
+    parser.add_argument("out", help="folder for the shards: new, or begun by the same command")
+    parser.add_argument("--image", default="image", help="column with the path or URL (default: %(default)s)")
+    parser.add_argument("--text", default="text", help="column with the caption (default: %(default)s)")
+    parser.add_argument("--shard-size", type=int, default=1000, help="rows of a shard (default: %(default)s)")
+    parser.add_argument(
+        "--longest-side", type=int, help="pixels; larger pictures are made smaller (default: as they are)"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=90, help="of pictures made smaller, as JPEG (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, help="processes (default: the machine's cores)")
+
+
+def _add_inspect(verbs) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from mmscale.config import DataConfig
+        from mmscale.data.inspection_page import inspect
+
+        data = DataConfig(text_key=args.text_key, index_dir=args.index_dir, cache_dir=args.cache_dir)
+        inspect(args.shards, html=args.html, tokenizer=args.tokenizer, data=data, limit=args.limit)
+
+    parser = _verb(
+        verbs,
+        "inspect",
+        run,
+        "show what is in shards: sizes, captions, duplicates, broken samples",
+        "mmscale inspect 'data/toy/train-*.tar' --html inspection.html",
+    )
+    parser.add_argument("shards", nargs="+", help=_SHARDS)
+    parser.add_argument("--html", help="file for a page with histograms and a contact sheet")
+    parser.add_argument("--tokenizer", help="SentencePiece model: caption lengths in its tokens (default: in words)")
+    parser.add_argument("--limit", type=int, help="only the first so many samples")
+    parser.add_argument(
+        "--text-key", default="txt", help="where the captions are: txt or json.KEY (default: %(default)s)"
+    )
+    parser.add_argument("--index-dir", help="where the indexes go when the shards' folder is read-only")
+    parser.add_argument("--cache-dir", help="cache for remote shards")
+
+
 def _add_search(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.evaluate.search_command import search_command
@@ -384,6 +446,8 @@ _VERBS = [
     _add_toy,
     _add_tokenizer,
     _add_index,
+    _add_pack,
+    _add_inspect,
     _add_train,
     _add_eval,
     _add_caption,
