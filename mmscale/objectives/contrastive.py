@@ -63,7 +63,7 @@ class _PairLoss(torch.autograd.Function):
             row_lse = _finite(row_lse)
             own_columns = column_lse[_own_rows(text)]
             total = (row_lse + own_columns).masked_fill(~valid, 0.0).sum() / 2
-        matching = (image * text).sum(1) * scale_bias[0] + scale_bias[1]
+        matching = torch.einsum("ij,ij->i", image, text) * scale_bias[0] + scale_bias[1]
         ctx.kind, ctx.tile = kind, tile
         ctx.save_for_backward(image, text, texts, scale_bias, valid, valid_texts, row_lse, column_lse)
         return total - matching.masked_fill(~valid, 0.0).sum()
@@ -71,24 +71,26 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         image, text, texts, scale_bias, valid, valid_texts, row_lse, column_lse = ctx.saved_tensors
-        scale = scale_bias[0]
-        d_image = text * -valid.to(text.dtype)[:, None]  # without the factor `scale` until the end
+        # The diagonal's part first, and the factor `scale` at the end.
+        matching = -valid.to(text.dtype)[:, None]
+        d_image = text * matching
         d_texts = torch.zeros_like(texts)
-        d_texts[_own_rows(text)] -= image * valid[:, None]
-        d_bias = -valid.sum().to(image.dtype)
-        for rows, columns, logits in _tiles(image, texts, scale_bias, valid, valid_texts, ctx.tile):
-            if ctx.kind == "siglip":
-                d_logits = logits.sigmoid_()
-            else:
-                d_logits = (logits - row_lse[rows, None]).exp_()
-                d_logits += logits.sub_(column_lse[columns]).exp_()
-                d_logits /= 2
-            d_image[rows].addmm_(d_logits, texts[columns])
-            d_texts[columns].addmm_(d_logits.T, image[rows])
-            d_bias += d_logits.sum()
-        d_scale = (image * d_image).sum()  # sum of d_logits * cosine
+        d_texts[_own_rows(text)].addcmul_(image, matching)
+        d_bias = matching.sum()
+        with torch.autocast(image.device.type, enabled=False):
+            for rows, columns, logits in _tiles(image, texts, scale_bias, valid, valid_texts, ctx.tile):
+                if ctx.kind == "siglip":
+                    d_logits = logits.sigmoid_()
+                else:
+                    d_logits = (logits - row_lse[rows, None]).exp_()
+                    d_logits += logits.sub_(column_lse[columns]).exp_()
+                    d_logits /= 2
+                d_image[rows].addmm_(d_logits, texts[columns])
+                d_texts[columns].addmm_(d_logits.T, image[rows])
+                d_bias += d_logits.sum()
+        d_scale = torch.dot(image.flatten(), d_image.flatten())  # sum of d_logits * cosine
         d_text = reduce_scatter_rows(d_texts) if ctx.needs_input_grad[2] else None
-        factor = scale * upstream
+        factor = scale_bias[0] * upstream
         return (
             None,
             d_image.mul_(factor),
