@@ -158,7 +158,7 @@ def test_a_request_to_stop_one_rank_saves_and_ends_all(tmp_path, hook, run, reas
     assert Checkpoint.open(tmp_path).samples == end["samples"]
     if reason != "run.max_minutes":
         assert end["step"] == 6, "one step after the request"
-    (tmp_path / "STOP").unlink(missing_ok=True)
+    assert not (tmp_path / "STOP").exists(), "obeyed once"
     assert run_ranks(2, train_tiny, tiny_config(tmp_path)) == [0, 0]
     assert [line["step"] for line in lines(tmp_path, "metrics.jsonl")] == list(range(1, STEPS + 1))
 

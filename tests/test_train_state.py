@@ -100,10 +100,11 @@ def train(engine, processes, steps):
 
 
 def save(engine, processes, root, step):
+    facts = {"step": step, "samples": 0, "config": {}, "loss_scale": engine.state.loss_scale()}
     folder = Path(root) / folder_name(step)
     write_fragments(folder, processes.rank, engine.state.fragments(), "once")
     if processes.is_main:
-        commit(folder, processes.world_size, "once", {"step": step, "samples": 0, "config": {}})
+        commit(folder, processes.world_size, "once", facts)
     torch.distributed.barrier()
     return folder
 
@@ -200,3 +201,20 @@ def test_muons_momentum_moves_between_stages_and_ranks(tmp_path):
             torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3, msg=f"{ranks} ranks, stage {stage}")
             for key in momenta:
                 torch.testing.assert_close(their_weights[key], weights[key], atol=1e-3, rtol=1e-2)
+
+
+def scale_and_restore(root, stages):
+    found = []
+    for stage in stages:
+        engine, processes = build(stage)
+        engine.deepspeed.optimizer.loss_scaler.cur_scale = 4096.0
+        folder = save(engine, processes, Path(root) / str(stage), 1)
+        again, _ = build(stage)
+        again.state.restore(Checkpoint.open(folder))
+        found.append(again.deepspeed.optimizer.loss_scaler.cur_scale)
+    return found
+
+
+@pytest.mark.slow
+def test_the_loss_scale_is_restored(tmp_path):
+    assert run_ranks(1, scale_and_restore, tmp_path, (1, 2, 3)) == [[4096.0] * 3]

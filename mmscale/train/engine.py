@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import deepspeed.ops
@@ -20,6 +20,8 @@ from mmscale.train.averaging import WeightAverage
 from mmscale.train.gradients import part_norms, watch_gradients
 from mmscale.train.optimizer import build_optimizer
 from mmscale.train.state import TrainState, bare_name
+
+EXIT_BAD_INPUT = 2  # as for every command
 
 # What the objective gives: (module, micro-batches, backward) -> detached values that are equal on every rank.
 ForwardBackward = Callable[[nn.Module, list, Callable[[Tensor], None]], dict[str, Tensor]]
@@ -56,7 +58,7 @@ class Processes:
         return values
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """Runs `work` on every rank; a UserError on any of them is raised on all, so that nobody waits."""
+        """Runs `work` on every rank; a UserError on any of them ends all, so that nobody waits."""
         error, result = None, None
         try:
             result = work()
@@ -64,8 +66,14 @@ class Processes:
             error = str(raised)
         errors = [text for text in self.gather(error) if text is not None]
         if errors:
-            raise UserError(errors[0])
+            self.refuse(errors[0])
         return result
+
+    def refuse(self, message: str) -> NoReturn:
+        """Called by all ranks: rank 0 raises the UserError, the others leave without saying the same once more."""
+        if self.is_main:
+            raise UserError(message)
+        raise SystemExit(EXIT_BAD_INPUT)
 
 
 def start_processes(*, deterministic: bool = False) -> Processes:

@@ -82,7 +82,7 @@ class RunFolder:
             time.sleep(0.1)
         blind = [host for host in processes.gather(None if found == nonce else processes.host) if host is not None]
         if blind:
-            raise UserError(
+            processes.refuse(
                 f"run.dir: {self.path} is not the same folder on every machine ({', '.join(sorted(set(blind)))}); "
                 f"put it on a file system that all of them share"
             )

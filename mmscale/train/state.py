@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from mmscale.checkpoint import Checkpoint, Fragment
 from mmscale.errors import UserError
 
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -121,6 +123,11 @@ class TrainState:
             for group in self._inner.param_groups
         ]
 
+    def loss_scale(self) -> dict[str, float]:
+        """Where the dynamic loss scale of fp16 stands; in other precisions it stays at 1."""
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+
     def _runs(self, slot: Slot) -> Iterator[tuple[str, int, Tensor]]:
         """(kind, start, this rank's flat elements from there on) for all that is kept for every element."""
         yield "param", slot.start, slot.view(slot.flat)
@@ -167,6 +174,10 @@ class TrainState:
         for name, buffer in self._buffers.items():
             buffer.copy_(checkpoint.read(name, "buffer"))
         _after_writing(self._zero)
+        scaler = getattr(self._zero, "loss_scaler", None)
+        for name, value in checkpoint.manifest.get("loss_scale", {}).items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
 
     def _check_names(self, checkpoint: Checkpoint) -> None:
         ours = {slot.name: slot.shape for slot in self.slots}

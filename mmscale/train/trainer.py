@@ -17,7 +17,7 @@ import mmscale
 from mmscale.checkpoint import Checkpoint, committed, find_damage
 from mmscale.config import Config
 from mmscale.errors import UserError
-from mmscale.train.engine import Engine, ForwardBackward, Processes, Update, micro_batches_per_step, start_processes
+from mmscale.train.engine import Engine, ForwardBackward, Processes, Update, deepspeed_config, start_processes
 from mmscale.train.folder import RunFolder, compare_configs
 from mmscale.train.guards import Exchange, SkipCounter, SpikeGuard, StopRequests, exchange
 from mmscale.train.metrics import Meter, Progress, Sinks, describe, memory_gib, number, peak_flops
@@ -65,7 +65,8 @@ def train(config: Config, *, check: bool = False, hooks: Sequence[Hook] = ()) ->
         0 when the run is finished, 75 when it was preempted and saved.
 
     Raises:
-        UserError: a mistake in the configuration or the data, on all ranks alike.
+        UserError: a mistake in the configuration or the data. Where all ranks know of it, rank 0 raises it and the
+            others leave with exit code 2.
     """
     from mmscale.train.pretraining import build_pretraining
 
@@ -91,6 +92,8 @@ def run(
         folder.write_status("failed", samples, step, f"{type(error).__name__}: {error}")
         raise
     finally:
+        if trainer:
+            trainer.close()
         folder.close()
 
 
@@ -111,7 +114,8 @@ class Trainer:
         self.step = self.samples = self.num_bad = 0
         self.skips = SkipCounter(config.train.max_skips)
         self.spikes = SpikeGuard()
-        micro_batches_per_step(config.train, processes.world_size)  # a mistake here is told before anything is read
+        # A mistake here is told before anything is read.
+        processes.agree(lambda: deepspeed_config(config, processes.world_size, processes.device))
         self.task: Task = processes.agree(lambda: build(config, processes))
         if not check:
             processes.agree(lambda: folder.create() if processes.is_main else None)
@@ -194,9 +198,11 @@ class Trainer:
     def _after_update(self, update: Update) -> None:
         if update.applied and self.engine.average is not None:
             self.engine.average.update(self.step - self.skips.total)
-        if not update.applied:
+        if update.applied:
+            self.skips.add(False)
+        else:
             self.folder.event("skip", self.step, self.samples, loss=number(update.values.get("loss")))
-        self.skips.add(not update.applied)
+            self.processes.agree(lambda: self.skips.add(True))
 
     def _is_no_spike(self, values: dict[str, torch.Tensor], norm: torch.Tensor) -> bool:
         return self.spikes.allows(loss=float(values["loss"]), grad_norm=float(norm))
@@ -232,7 +238,7 @@ class Trainer:
         allowed = self.config.data.max_bad_fraction * max(self.samples, FEWEST_SAMPLES_TO_JUDGE)
         if self.num_bad > allowed:
             last = everywhere[-1]
-            raise UserError(
+            self.processes.refuse(
                 f"data.max_bad_fraction: {self.num_bad} of the first {self.samples} samples are bad, the last of them "
                 f"{last.shard}/{last.key}: {last.reason} (all are in {self.folder.path / 'bad_samples.jsonl'})"
             )
@@ -323,7 +329,7 @@ class Trainer:
             **({"reason": saved.error} if saved.error else {}),
         )
         if saved.error and self.config.run.on_save_error == "stop":
-            raise UserError(f"run.on_save_error: saving step {saved.step} failed: {saved.error}")
+            self.processes.refuse(f"run.on_save_error: saving step {saved.step} failed: {saved.error}")
         if saved.error:
             self.progress.say(f"saving step {saved.step} failed, training goes on: {saved.error}")
 
@@ -341,6 +347,7 @@ class Trainer:
             "learning_rate": self._learning_rate(),
             "tokenizer": getattr(self.task.tokenizer, "fingerprint", None),
             "groups": self.engine.state.group_settings(),
+            "loss_scale": self.engine.state.loss_scale(),
             "world_size": self.processes.world_size,
             "zero_stage": train.zero_stage,
             "random": "seeded at every step from (run.seed, samples, rank)",
@@ -415,19 +422,22 @@ class Trainer:
         self.save()
         self._flush_save()
         self.folder.event("preempted", self.step, self.samples, reason=reason)
+        if self.folder.writes:
+            (self.folder.path / "STOP").unlink(missing_ok=True)  # it has been obeyed; the next call goes on
         self._end("preempted", reason)
         return EXIT_PREEMPTED
 
-    def _end(self, status: str, reason: str = "") -> None:
+    def close(self) -> None:
+        """Ends what runs beside the loop: loader, progress bar, connections."""
         self.sinks.close()
         self.progress.close()
         self.task.stream.close()
+
+    def _end(self, status: str, reason: str = "") -> None:
         self.folder.write_status(status, self.samples, self.step, reason)
         self.processes.gather(None)  # nobody leaves, and so takes the others down, before all is written
 
     def _finish_check(self, update: Update) -> int:
-        self.progress.close()
-        self.task.stream.close()
         if self.processes.is_main:
             print(f"check: one step ran, loss {number(update.values['loss']):.4f}; nothing was written", flush=True)
         return EXIT_FINISHED
