@@ -339,54 +339,6 @@ def _add_inspect(verbs) -> None:
     parser.add_argument("--cache-dir", help="cache for remote shards")
 
 
-def _add_pack(verbs) -> None:
-    def run(args: argparse.Namespace) -> None:
-        from mmscale.data.pack import pack
-
-        keys = ("image", "text", "shard_size", "longest_side", "quality")
-        pack(args.source, args.out, processes=args.jobs, **{key: getattr(args, key) for key in keys})
-
-    parser = _verb(
-        verbs,
-        "pack",
-        run,
-        "make shards from a folder of pictures or a table; an interrupted call is completed by the next",
-        "mmscale pack captions.csv data/mine --image path --text caption",
-    )
-    parser.add_argument("source", help="folder with sidecar .txt/.json files, or a CSV, TSV, JSONL or Parquet table")
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument("--image", default="image", help="column with a path or URL (default: %(default)s)")
-    parser.add_argument("--text", default="text", help="column with the caption (default: %(default)s)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="samples of a shard (default: %(default)s)")
-    parser.add_argument("--longest-side", type=int, help="make larger pictures this small, as JPEG")
-    parser.add_argument("--quality", type=int, default=90, help="of those JPEGs (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, help="processes (default: the machine's cores)")
-
-
-def _add_inspect(verbs) -> None:
-    def run(args: argparse.Namespace) -> None:
-        from mmscale.config import DataConfig
-        from mmscale.data.inspection_page import inspect
-
-        data = DataConfig(text_key=args.text_key)
-        inspect(args.shards, html=args.html, tokenizer=args.tokenizer, data=data, limit=args.limit)
-
-    parser = _verb(
-        verbs,
-        "inspect",
-        run,
-        "show what is in shards: counts, sizes, captions, duplicates, broken samples, a contact sheet",
-        "mmscale inspect 'data/toy/train-*.tar' --html data.html",
-    )
-    parser.add_argument("shards", nargs="+", help=_SHARDS)
-    parser.add_argument("--html", help="file for a page with histograms and a contact sheet")
-    parser.add_argument("--tokenizer", help="SentencePiece model to count caption tokens with (default: words)")
-    parser.add_argument(
-        "--text-key", default="txt", help="where the captions are: txt or json.KEY (default: %(default)s)"
-    )
-    parser.add_argument("--limit", type=int, help="only the first so many samples")
-
-
 def _add_search(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.evaluate.search_command import search_command
@@ -495,8 +447,6 @@ _VERBS = [
     _add_tokenizer,
     _add_pack,
     _add_index,
-    _add_inspect,
-    _add_pack,
     _add_inspect,
     _add_train,
     _add_eval,
