@@ -129,7 +129,7 @@ def _load_checkpoint(path: Path, tokenizer_path: Path | None, ema: bool) -> Pret
     model = MMScaleModel(checkpoint_model_config(checkpoint, tokenizer))
     if ema and not checkpoint.names("ema"):
         raise UserError(f"{checkpoint.path}: holds no averaged weights; leave out the option for them")
-    model.load_state_dict(checkpoint.load_model_tensors(ema=ema))
+    _fill(model, checkpoint.load_model_tensors(ema=ema), checkpoint.path)
     return Pretrained(model, tokenizer, checkpoint.path, run_config(checkpoint), checkpoint.step, checkpoint.samples)
 
 
@@ -150,8 +150,20 @@ def _load_exported(path: Path, tokenizer_path: Path | None, ema: bool) -> Pretra
             tensors |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights cannot be read: {error}") from None
-    if missing := model.state_dict().keys() - tensors.keys():
-        raise UserError(f"{path}: the weights lack `{sorted(missing)[0]}` ({len(missing)} tensors in all)")
-    model.to(model.config.dtype).load_state_dict(tensors)
     check_vocabulary(tokenizer, model.config.vocab_size, path)
+    _fill(model.to(model.config.dtype), tensors, path)
     return Pretrained(model, tokenizer, path)
+
+
+def _fill(model: MMScaleModel, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Loads the weights. Raises UserError naming the first that is missing, not known, or of another shape."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shapes = [list(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected)]
+        raise UserError(
+            f"{path}: holds {shapes[0]} for `{name}`, this version's model {shapes[1]}; "
+            "load it with the version of mmscale that wrote it"
+        )
+    model.load_state_dict(tensors)

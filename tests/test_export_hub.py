@@ -10,6 +10,7 @@ import yaml
 from checkpoints import WORDS, write_checkpoint
 from safetensors.torch import load_file
 
+from mmscale.checkpoint import Checkpoint
 from mmscale.data.tokenizer import train_tokenizer
 from mmscale.errors import UserError
 from mmscale.export import hub, stock_check, verify
@@ -197,6 +198,18 @@ def test_only_the_code_that_the_model_needs_travels():
     assert "presets.py" not in names and "__init__.py" not in names
     for path in code_files():
         assert "import mmscale" not in path.read_text() and "from mmscale" not in path.read_text(), path
+
+
+def test_weights_of_another_version_are_refused_with_one_line(run, monkeypatch):
+    read = Checkpoint.load_model_tensors
+
+    def renamed(self, **options):
+        tensors = read(self, **options)
+        return tensors | {"text.old_name": tensors.pop("text.projection.weight")}
+
+    monkeypatch.setattr(Checkpoint, "load_model_tensors", renamed)
+    with pytest.raises(UserError, match=r"`text\.\w+`.* load it with the version of mmscale that wrote it"):
+        load_pretrained(run, device="cpu")
 
 
 def test_a_model_folder_of_another_kind_is_refused(tmp_path):

@@ -88,7 +88,7 @@ def export_hub(
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
         _write_config(folder, config, DTYPES[dtype])
         (folder / EXPORTED_TOKENIZER).write_bytes(pieces_bytes)
-        _write_processor(folder, config, fast_tokenizer(pieces, pieces_bytes, config.text_config.context_length))
+        write_processor(folder, config, fast_tokenizer(pieces, pieces_bytes, config.text_config.context_length))
         for file in code_files():
             shutil.copyfile(file, folder / file.name)
         facts = CardFacts(
@@ -177,7 +177,8 @@ def _write_config(folder: Path, config: MMScaleConfig, dtype: torch.dtype) -> No
     ).save_pretrained(folder)
 
 
-def _write_processor(folder: Path, config: MMScaleConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def write_processor(folder: Path, config: MMScaleConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes what `AutoProcessor` and `AutoTokenizer` load: pictures to pixels, texts to token ids."""
     image_processor = MMScaleImageProcessor(config.vision_config.image_size, config.image_mean, config.image_std)
     image_processor.auto_map = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
     processor = MMScaleProcessor(image_processor, tokenizer)
