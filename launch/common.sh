@@ -29,7 +29,7 @@ training_environment() {
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
     # Huge pages: the loader's buffers gain from them (a root may set transparent_hugepage to madvise or always).
     export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1}
-    [ "$(num_accelerators)" -gt 0 ] || export DS_ACCELERATOR=cpu
+    [ -n "${DS_ACCELERATOR:-}" ] || [ "$(num_accelerators)" -gt 0 ] || export DS_ACCELERATOR=cpu
 }
 
 # export_environment: those variables that are set, one `NAME=value` a line.

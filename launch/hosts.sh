@@ -31,8 +31,8 @@ hostfile=$1
 shift
 [ "$launcher" != pdsh ] || command -v pdsh >/dev/null || fail "pdsh is not installed; on Debian or Ubuntu: sudo apt-get install pdsh"
 port=${MASTER_PORT:-29500}
-[ "$(num_accelerators)" -gt 0 ] || export DS_ACCELERATOR=cpu
 begin_run "$@"
+[ -n "${DS_ACCELERATOR:-}" ] || [ "$(num_accelerators)" -gt 0 ] || export DS_ACCELERATOR=cpu
 
 # The overrides go into a file of their own: pdsh would hand them to another shell, which expands braces and globs.
 config=$RUN_DIR/launch/config.yaml

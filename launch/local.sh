@@ -9,9 +9,9 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 case ${1:---help} in -h | --help) usage; exit 0 ;; esac
+begin_run "$@"
 gpus=$(num_accelerators)
 [ "$gpus" -gt 0 ] && ranks=${NPROC:-$gpus} || ranks=${NPROC:-1}
 training_environment "$ranks"
-begin_run "$@"
 run_launcher deepspeed --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" --module mmscale train "$@"
 outcome_of_run "$LAUNCHER_CODE"

@@ -17,11 +17,11 @@ case ${1:---help} in -h | --help) usage; exit 0 ;; esac
 for name in NODES NODE_RANK MASTER_ADDR; do
     [ -n "${!name:-}" ] || fail "$name is not set; see $0 --help"
 done
+begin_run "$@"
 gpus=$(num_accelerators)
 [ "$gpus" -gt 0 ] && ranks=${NPROC:-$gpus} || ranks=${NPROC:-1}
 training_environment "$ranks"
 use_route_to "$MASTER_ADDR"
-begin_run "$@"
 case ${LAUNCHER:-deepspeed} in
     deepspeed)
         # DeepSpeed takes the machines' number and slots from a hostfile; only their number matters here.

@@ -20,10 +20,12 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from route import interface_to
 
+import mmscale
 from mmscale.config import Config, load_config
 from mmscale.errors import UserError
 
@@ -167,19 +169,15 @@ def probe(question: dict) -> dict:
 
 
 def versions() -> dict[str, str]:
-    import deepspeed
-    import torch
-
-    import mmscale
-
+    # Importing deepspeed takes seconds; its metadata tells as much.
     digest = hashlib.sha256()
     root = Path(mmscale.__file__).parent
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
         "mmscale": mmscale.__version__,
         "source of mmscale": digest.hexdigest()[:12],
     }
@@ -228,8 +226,6 @@ def _read_failure(path: str) -> str | None:
 
 
 def wrong_with_machine(question: dict) -> list[str]:
-    import torch
-
     wrong = []
     if question["port"] is not None:
         with socket.socket() as listener:
@@ -238,9 +234,11 @@ def wrong_with_machine(question: dict) -> list[str]:
                 listener.bind(("", question["port"]))
             except OSError as error:
                 wrong.append(f"port {question['port']}: {error.strerror} (choose another with MASTER_PORT)")
-    gpus = torch.cuda.device_count()
-    if os.environ.get("DS_ACCELERATOR") != "cpu" and gpus < question["slots"]:
-        wrong.append(f"{gpus} GPUs, but slots={question['slots']} in the hostfile")
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        import torch
+
+        if (gpus := torch.cuda.device_count()) < question["slots"]:
+            wrong.append(f"{gpus} GPUs, but slots={question['slots']} in the hostfile")
     return wrong
 
 

@@ -1,0 +1,473 @@
+"""What a run will need and cost, before anything is rented: memory, step time, what binds, days and price.
+
+All of it is arithmetic on the configuration; nothing is allocated. `benchmarks/plan.py` compares it with measured runs.
+
+Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.02054, sections 3 and 5):
+
+    weights      w P     w = 4 with fp32 parameters, 2 with `bf16_params` and fp16        stage 3: / N
+    gradients    g P     g = w, or 4 with `train.grad_dtype: fp32`                         stages 2, 3: / N
+    optimizer    8 P     Adam's two moments, and 4 P of DeepSpeed's own fp32 copy,         stages 1, 2, 3: / N
+                         which only stage 0 with fp32 parameters does without
+    buffers      what DeepSpeed collects gradients in: at most `reduce_bucket_size` elements (default 5e8)
+    activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
+    logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
+
+Time per step [s]: matrix products at EFFICIENCY of the peak; element-wise work at the memory's bandwidth, since it moves
+each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication, which DeepSpeed
+does not overlap unless told so:
+
+    stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
+    stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
+    embeddings   4 E (global batch)  bytes gathered, and as many in the backward pass
+
+The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mmscale.config import Config
+from mmscale.errors import UserError
+from mmscale.model.configuration_mmscale import MMScaleConfig
+from mmscale.model.flops import decoder_flops, forward_flops, text_flops, training_flops, vision_flops
+from mmscale.model.modeling_mmscale import MMScaleModel
+from mmscale.model.presets import build_model_config
+
+GIB = 2**30
+EFFICIENCY = 0.55  # of the peak, for large bf16 products as cuBLAS does them
+MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
+CORES_PER_GPU = 12
+LATENCY_S = 20e-6  # of one collective, for each doubling of the ranks
+# CPU seconds that a sample costs: JPEG of 47 KB, decode and resize, on one core (benchmarks/loader.py).
+LOADER_CPU_S = {"exact": 1.5e-3, "fast": 0.8e-3}
+SAMPLE_BYTES = 50_000
+DEFAULT_VOCABULARY = 49_408
+DEFAULT_TEXT_TOKENS = 24  # captions from the web are short; at most the context length
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator: dense bf16 FLOP/s, memory [bytes] and its bandwidth, and the bandwidth to its neighbours."""
+
+    flops: float
+    memory: float
+    hbm: float
+    neighbours: float
+    per_machine: int
+    price: float | None  # per hour, as clouds asked for it in 2025; --price overrides
+
+
+# From the makers' data sheets.
+GPUS = {
+    "a100": Gpu(312e12, 80 * GIB, 2.04e12, 300e9, 8, 1.8),
+    "h100": Gpu(989e12, 80 * GIB, 3.35e12, 450e9, 8, 2.5),
+    "h200": Gpu(989e12, 141e9, 4.8e12, 450e9, 8, 3.0),
+    "b200": Gpu(2250e12, 180e9, 8.0e12, 900e9, 8, 5.0),
+    "l40s": Gpu(362e12, 48 * GIB, 0.864e12, 32e9, 8, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by kind."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step, by what they go into; `seconds` is the whole."""
+
+    products: float
+    element_wise: float
+    optimizer: float
+    network: float
+    loader: float
+    overlaps: bool
+
+    @property
+    def device(self) -> float:
+        compute = self.products + self.element_wise
+        return (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
+
+    @property
+    def seconds(self) -> float:
+        return max(self.device, self.loader)
+
+    @property
+    def binds(self) -> str:
+        parts = {"compute": self.products, "memory bandwidth": self.element_wise + self.optimizer}
+        parts["network"] = self.network
+        return "loader" if self.loader > self.device else max(parts, key=parts.get)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is asked: a model, how it is trained, and on what."""
+
+    config: Config
+    model: MMScaleConfig
+    text_tokens: int
+    gpu: Gpu
+    gpus: int
+    network: float  # bytes per second and GPU, between machines
+    price: float | None  # per GPU and hour
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return count_parameters(self.model)
+
+    @property
+    def stage(self) -> int:
+        return self.config.train.zero_stage
+
+
+def count_parameters(model: MMScaleConfig) -> dict[str, int]:
+    """Parameters by part, of a model that is described but not made."""
+    with torch.device("meta"):
+        described = MMScaleModel(model)
+    parts: dict[str, int] = {}
+    for name, parameter in described.named_parameters():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
+def saved_bytes(setup: Setup, checkpointing: str | None = None) -> float:
+    """Activations that the backward pass of one sample needs.
+
+    A block on n tokens of width d keeps its input and the sum after attention (the residual stream: fp32 unless the
+    parameters are half precision), and in the computing precision both norms' outputs, queries, keys, values, the mixed
+    values (4 d), and what goes into the feed-forward's activation (ratio d): n d (2 r + (6 + ratio) e) bytes. A block
+    that is recomputed keeps its input alone. Attention is fused and keeps no n x n matrix.
+    """
+    train, model = setup.config.train, setup.model
+    vision, text, decoder = model.vision_config, model.text_config, model.decoder_config
+    element = 4 if train.precision == "fp32" else 2  # what matrix products take and give
+    residual = 4 if train.precision in ("fp32", "bf16") else 2
+    mode = checkpointing or setup.config.model.checkpoint
+    every = {"none": 0, "full": 1}.get(mode) or (int(mode.rpartition("_")[2]) if "_" in mode else 0)
+
+    def block(tokens: float, width: int, ratio: float, recomputed: bool = False) -> float:
+        if recomputed:
+            return tokens * width * residual
+        return tokens * width * (2 * residual + (6 + ratio) * element)
+
+    def stack(layers: int, tokens: float, width: int, ratio: float) -> float:
+        return sum(block(tokens, width, ratio, bool(every) and i % every == every - 1) for i in range(layers))
+
+    kept = max(1, round(vision.num_patches * (1 - vision.patch_dropout))) + int(vision.class_token)
+    queries = vision.pooler_queries
+    pixels = 3 * vision.patch_size**2 * kept * (4 + (4 if element == 2 else 0))
+    total = pixels + kept * vision.width * 2 * residual  # patches, the sum with positions, and its norm
+    total += stack(vision.layers, kept, vision.width, vision.mlp_ratio)
+    total += kept * (vision.width * (residual + element) + 2 * model.embed_dim * element)  # pooler's context, k and v
+    total += queries * model.embed_dim * (2 * element + 2 * residual)  # mixed, pooled, norm
+    tokens = setup.text_tokens + 1
+    total += stack(text.layers, tokens, text.width, text.mlp_ratio)
+    if decoder.layers:
+        tokens = setup.text_tokens - 1
+        total += stack(2 * decoder.layers, tokens, text.width, decoder.mlp_ratio)
+        if not every:
+            # A cross-attention keeps keys and values of the picture tokens, or, with few text tokens, its own mixing.
+            cross = 2 * queries * text.width - 2 * tokens * text.width
+            total += decoder.layers * max(0, cross) * element
+        total += queries * model.embed_dim * (residual + element)
+        total += tokens * text.width * (2 * residual + 2 * element)
+    return total
+
+
+def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointing: str | None = None) -> Memory:
+    """Bytes on one GPU; see the module's docstring."""
+    train = setup.config.train
+    stage = setup.stage if stage is None else stage
+    total, ranks = sum(setup.parameters.values()), setup.gpus
+    half = train.precision in ("bf16_params", "fp16")
+    weight = 2 if half else 4
+    gradient = 4 if train.grad_dtype == "fp32" or not half else 2
+    shard = {level: ranks if stage >= level else 1 for level in (1, 2, 3)}
+    master = 0 if stage == 0 and not half else 4
+    bucket = 5e8 if stage else 0
+    bucket = setup.config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", bucket)
+    logits = 0.0
+    if setup.model.decoder_config.layers:
+        rows = min(micro_batch * (setup.text_tokens - 1), (1 << 24) / setup.model.vocab_size)
+        logits = rows * setup.model.vocab_size * (4 + (2 if train.precision != "fp32" else 0))
+        logits += 4.0 * setup.model.vocab_size * setup.model.text_config.width
+    return Memory(
+        weights=weight * total / shard[3],
+        gradients=gradient * total / shard[2],
+        optimizer=(8 + master) * total / shard[1],
+        buffers=min(bucket, total) * gradient,
+        activations=micro_batch * saved_bytes(setup, checkpointing),
+        logits=logits,
+    )
+
+
+def largest_micro_batch(setup: Setup, stage: int | None = None, checkpointing: str | None = None) -> int | None:
+    """The largest micro-batch that divides a rank's share and fits; None when not even one sample does."""
+    share = setup.config.train.global_batch // setup.gpus
+    fits = (
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and memory(setup, size, stage, checkpointing).total <= USABLE * setup.gpu.memory
+    )
+    return next(fits, None)
+
+
+def step_time(setup: Setup, micro_batch: int) -> Step:
+    """Seconds of one step on every rank; see the module's docstring."""
+    config, gpu, ranks = setup.config, setup.gpu, setup.gpus
+    share = config.train.global_batch / ranks
+    accumulation = share / micro_batch
+    losses = {"contrastive": config.objective.contrastive_weight > 0, "caption": config.objective.caption_weight > 0}
+    flops = training_flops(setup.model, setup.text_tokens, **losses)
+    forward = forward_flops(setup.model, setup.text_tokens, **losses, training=True)
+    if config.model.checkpoint != "none":
+        every = 1 if config.model.checkpoint == "full" else int(config.model.checkpoint.rpartition("_")[2])
+        flops += forward / every
+    if accumulation > 1 and losses["contrastive"] and config.objective.negatives == "global":
+        flops += forward - decoder_flops(setup.model, setup.text_tokens - 1) * losses["caption"]  # the embedding pass
+    peak = gpu.flops if config.train.precision != "fp32" else gpu.flops / 2  # TF32
+    total = sum(setup.parameters.values())
+    half = config.train.precision in ("bf16_params", "fp16")
+    return Step(
+        products=share * flops / (EFFICIENCY * peak),
+        element_wise=share * MOVES * saved_bytes(setup, "none") / gpu.hbm,
+        optimizer=28 * total / (ranks if setup.stage else 1) / gpu.hbm,
+        network=_network_time(setup, total, 2 if half else 4, accumulation),
+        loader=share * LOADER_CPU_S[config.data.decode] / CORES_PER_GPU,
+        overlaps=bool(config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False)),
+    )
+
+
+def _network_time(setup: Setup, total: int, size: int, accumulation: float) -> float:
+    ranks = setup.gpus
+    if ranks == 1:
+        return 0.0
+    bandwidth = setup.gpu.neighbours if ranks <= setup.gpu.per_machine else min(setup.network, setup.gpu.neighbours)
+    reduce_times = (
+        accumulation if setup.stage >= 2 else 1
+    )  # stages 2 and 3 keep no whole gradient between micro-batches
+    volume = size * total * (reduce_times + (2 * accumulation if setup.stage == 3 else 1))
+    volume += 2 * 4 * setup.model.embed_dim * setup.config.train.global_batch
+    collectives = 2 * math.ceil(total / 5e8) * accumulation + 8
+    return volume * (ranks - 1) / ranks / bandwidth + collectives * LATENCY_S * math.ceil(math.log2(ranks))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setup worked out: with the micro-batch of the config, or the largest that fits."""
+
+    setup: Setup
+    micro_batch: int
+    memory: Memory
+    step: Step
+    vocabulary_is_assumed: bool
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.setup.config.train.global_batch / self.step.seconds
+
+    @property
+    def mfu(self) -> float:
+        flops = training_flops(self.setup.model, self.setup.text_tokens)
+        return flops * self.samples_per_s / (self.setup.gpus * self.setup.gpu.flops)
+
+    @property
+    def days(self) -> float:
+        return self.setup.config.train.samples / self.samples_per_s / 86_400
+
+    @property
+    def cost(self) -> float | None:
+        price = self.setup.price
+        return None if price is None else self.days * 24 * self.setup.gpus * price
+
+    def text(self) -> str:
+        """The plan as tables for a terminal."""
+        return "\n".join(_describe(self))
+
+
+def plan(
+    config: Config,
+    gpus: int = 8,
+    gpu: str = "h100",
+    net: str = "400Gb",
+    price: float | None = None,
+    text_tokens: int | None = None,
+) -> Plan:
+    """Works out a configuration on so many GPUs.
+
+    Args:
+        gpu: one of GPUS.
+        net: bandwidth between machines, of each GPU, as in `400Gb` (bits) or `50GB` (bytes) per second.
+        price: of a GPU hour; a usual one when None.
+        text_tokens: mean length of a caption.
+
+    Raises:
+        UserError: an unknown GPU or bandwidth, a batch that does not divide, or a model that does not fit.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: choose one of {', '.join(GPUS)}")
+    vocabulary = _vocabulary(config)
+    model = build_model_config(config.model, vocabulary or DEFAULT_VOCABULARY, contrastive=config.objective.contrastive)
+    tokens = min(text_tokens or DEFAULT_TEXT_TOKENS, model.text_config.context_length)
+    kind = GPUS[gpu]
+    setup = Setup(config, model, tokens, kind, gpus, bandwidth(net), kind.price if price is None else price)
+    return _work_out(setup, vocabulary is None)
+
+
+def _work_out(setup: Setup, vocabulary_is_assumed: bool) -> Plan:
+    train = setup.config.train
+    if setup.gpus < 1 or train.global_batch % setup.gpus:
+        raise UserError(f"--gpus {setup.gpus}: does not divide train.global_batch, {train.global_batch}")
+    micro = train.micro_batch if train.micro_batch else largest_micro_batch(setup)
+    if micro is None:
+        need = memory(setup, 1).total / GIB
+        raise UserError(
+            f"one sample needs {need:.0f} GiB on each of {setup.gpus} GPUs with {setup.gpu.memory / GIB:.0f} GiB: take a "
+            f"higher train.zero_stage, model.checkpoint: full, or more GPUs"
+        )
+    micro = math.gcd(micro, train.global_batch // setup.gpus)
+    return Plan(setup, micro, memory(setup, micro), step_time(setup, micro), vocabulary_is_assumed)
+
+
+def _vocabulary(config: Config) -> int | None:
+    if not (config.tokenizer.path and Path(config.tokenizer.path).exists()):
+        return None
+    from mmscale.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(config.tokenizer.path).vocab_size
+
+
+def bandwidth(text: str) -> float:
+    """`400Gb` and `50GB` in bytes per second."""
+    for unit, size in (("Gb", 1e9 / 8), ("GB", 1e9), ("Tb", 1e12 / 8)):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                return float(number) * size
+            except ValueError:
+                break
+    raise UserError(f"--net {text}: write it as 400Gb (bits per second and GPU) or 50GB (bytes)")
+
+
+def sweep(base: Plan, most: int = 4096) -> Iterator[Plan]:
+    """The same run on 1, 2, 4, ... GPUs, as far as the global batch divides and the model fits."""
+    for exponent in range(most.bit_length()):
+        setup = replace(base.setup, gpus=2**exponent)
+        try:
+            yield _work_out(setup, base.vocabulary_is_assumed)
+        except UserError:
+            continue
+
+
+def sweep_table(plans: list[Plan]) -> str:
+    lines = [f"{'GPUs':>6} {'micro':>6} {'samples/s':>12} {'MFU':>6} {'days':>9} {'price':>12}  binds"]
+    for item in plans:
+        price = "-" if item.cost is None else f"{item.cost:,.0f}"
+        lines.append(
+            f"{item.setup.gpus:>6} {item.micro_batch:>6} {item.samples_per_s:>12,.0f} {item.mfu:>6.1%} "
+            f"{item.days:>9.2f} {price:>12}  {item.step.binds}"
+        )
+    return "\n".join(lines)
+
+
+def draw_sweep(plans: list[Plan], path: str | Path) -> None:
+    """Throughput and price against the number of GPUs, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    gpus = [item.setup.gpus for item in plans]
+    axes.loglog(gpus, [item.samples_per_s for item in plans], "o-", base=2, label="samples per second")
+    ideal = plans[0].samples_per_s / gpus[0]
+    axes.loglog(gpus, [ideal * n for n in gpus], ":", base=2, color="grey", label="proportional")
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("samples per second")
+    axes.legend(loc="upper left")
+    if all(item.cost is not None for item in plans):
+        price = axes.twinx()
+        price.plot(gpus, [item.cost for item in plans], "s--", color="tab:red")
+        price.set_ylabel("price of the run", color="tab:red")
+        price.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def _describe(plan: Plan) -> Iterator[str]:
+    setup, train = plan.setup, plan.setup.config.train
+    parts = setup.parameters
+    text_length = setup.text_tokens
+    yield "parameters    " + ", ".join(f"{name} {count / 1e6:,.1f}M" for name, count in parts.items() if count > 1)
+    yield f"              {sum(parts.values()) / 1e6:,.1f}M in all"
+    flops = {"vision": vision_flops(setup.model), "text": text_flops(setup.model, text_length)}
+    flops["decoder"] = decoder_flops(setup.model, text_length - 1)
+    yield "GFLOPs        " + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in flops.items()) + " forward;"
+    yield f"              {training_flops(setup.model, text_length) / 1e9:,.1f} a sample in training"
+    assumed = [f"captions of {text_length} tokens"]
+    if plan.vocabulary_is_assumed:
+        assumed.append(f"a vocabulary of {setup.model.vocab_size:,} (tokenizer.path is not there)")
+    yield f"assumed       {', '.join(assumed)}"
+    yield ""
+    accumulation = train.global_batch // setup.gpus // plan.micro_batch
+    yield f"{setup.gpus} GPUs x micro-batch {plan.micro_batch} x accumulation {accumulation} = {train.global_batch}"
+    yield ""
+    yield f"{'GiB per GPU':<24}" + "".join(f"{name:>12}" for name in (*vars(plan.memory), "total", "largest"))
+    for stage in range(4):
+        for checkpointing in ("none", "full"):
+            need = memory(setup, plan.micro_batch, stage, checkpointing)
+            mark = "*" if (stage, checkpointing) == (train.zero_stage, setup.config.model.checkpoint) else " "
+            values = "".join(f"{value / GIB:>12.2f}" for value in (*vars(need).values(), need.total))
+            largest = largest_micro_batch(setup, stage, checkpointing)
+            yield f"{mark} stage {stage}, checkpoint {checkpointing:<5}{values}{largest or 'no fit':>12}"
+    yield ""
+    step = plan.step
+    shown = {"products": step.products, "element-wise": step.element_wise, "optimizer": step.optimizer}
+    shown |= {"network": step.network, "loader": step.loader}
+    yield "step          " + ", ".join(f"{name} {value * 1e3:,.1f} ms" for name, value in shown.items())
+    yield f"              {step.seconds * 1e3:,.1f} ms in all, bound by: {step.binds}"
+    yield f"throughput    {plan.samples_per_s:,.0f} samples/s, MFU {plan.mfu:.1%}"
+    rate = plan.samples_per_s / setup.gpus
+    cores = rate * LOADER_CPU_S[setup.config.data.decode]
+    yield f"loader        {cores:.1f} cores and {rate * SAMPLE_BYTES / 1e6:,.0f} MB/s for each GPU"
+    money = "" if plan.cost is None else f", {plan.cost:,.0f} at {setup.price:g} per GPU hour"
+    yield f"{train.samples:,} samples  {plan.days:.2f} days{money}"
+
+
+def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
+    """This machine's CPU as a `Gpu`: its fp32 matrix products and memory bandwidth, measured now."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = torch.randn(768, 768), torch.randn(768, 768)
+        flops = 2 * 768**3 / _best(lambda: a @ b, seconds)
+        source, target = torch.empty(2**24), torch.empty(2**24)
+        copied = 2 * 4 * 2**24 / _best(lambda: target.copy_(source), seconds)
+    finally:
+        torch.set_num_threads(before)
+    # Twice, because fp32 is taken for half of a GPU's bf16 peak.
+    return Gpu(2 * flops, math.inf, copied, copied, 1, None)
+
+
+def _best(work, seconds: float) -> float:
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
