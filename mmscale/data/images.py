@@ -7,6 +7,7 @@ Arrays are [height, width, 3], uint8, RGB.
 
 import io
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,27 @@ class ImageError(Exception):
     """A picture that cannot be used; the message is the reason."""
 
 
+class _Scratch(threading.local):
+    """Each thread's memory for what does not outlive a call: fresh pages would cost as much as the copying."""
+
+    LARGEST = 1 << 26
+
+    def __init__(self):
+        self._memory: dict[str, np.ndarray] = {}
+
+    def take(self, use: str, *shape: int) -> np.ndarray:
+        size = math.prod(shape)
+        memory = self._memory.get(use)
+        if memory is None or memory.size < size:
+            memory = np.empty(size, dtype=np.uint8)
+            if size <= self.LARGEST:
+                self._memory[use] = memory
+        return memory[:size].reshape(shape)
+
+
+_scratch = _Scratch()
+
+
 @dataclass(frozen=True)
 class Box:
     top: int
@@ -41,15 +63,18 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     return decode_scaled(data, max_pixels)[0]
 
 
-def decode_scaled(data: bytes, max_pixels: int, min_size: int | None = None) -> tuple[np.ndarray, int]:
+def decode_scaled(
+    data: bytes, max_pixels: int, min_size: int | None = None, shared: bool = False
+) -> tuple[np.ndarray, int]:
     """As `decode`, but a JPEG may come at 1/2, 1/4 or 1/8 of its size, if its shorter side keeps `min_size` pixels.
 
+    shared: the pixels may lie in memory that this thread's next call writes over.
     Returns the pixels and what their sizes were divided by.
     """
     if not data:
         raise ImageError("the image has no bytes")
     if data[:3] == b"\xff\xd8\xff":
-        found = _decode_jpeg(data, max_pixels, min_size)
+        found = _decode_jpeg(data, max_pixels, min_size, shared)
         if found is not None:
             return found
     return _decode_any(data, max_pixels), 1
@@ -63,7 +88,7 @@ def training_view(
     crop: from the picture's height and width to the box. fast: decode no more than the size asks for, move the box to
     whole pixels of that, and resize bilinearly. Raises ImageError.
     """
-    pixels, scale = decode_scaled(data, max_pixels, size * 3 // 4 if fast else None)
+    pixels, scale = decode_scaled(data, max_pixels, size * 3 // 4 if fast else None, shared=True)
     height, width = pixels.shape[:2]
     box = crop(height * scale, width * scale)
     if scale > 1:
@@ -99,7 +124,11 @@ def resize(pixels: np.ndarray, height: int, width: int, mode: Literal["bicubic",
     if pixels.shape[:2] == (height, width):
         return pixels
     # The batch dimension comes first: only then does PyTorch see channels-last strides, and keep them.
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
+    if not pixels.flags.c_contiguous:
+        part = _scratch.take("resize", *pixels.shape)
+        part[:] = pixels
+        pixels = part
+    tensor = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(tensor, size=(height, width), mode=mode, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
@@ -125,7 +154,7 @@ def center_view(pixels: np.ndarray, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> tuple[np.ndarray, int] | None:
+def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None, shared: bool) -> tuple[np.ndarray, int] | None:
     """None when libjpeg-turbo does not take it: PIL has the last word."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -135,12 +164,12 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None) -> tuple[np
         scale = 1
         while min_size is not None and scale < 8 and min(height, width) >= 2 * scale * min_size:
             scale *= 2
+        height, width = -(-height // scale), -(-width // scale)
+        buffer = _scratch.take("decode", height, width, 3) if shared else None
         if scale == 1:
-            pixels = simplejpeg.decode_jpeg(data, "RGB")
+            pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
         else:
-            pixels = simplejpeg.decode_jpeg(
-                data, "RGB", True, True, -(-height // scale), -(-width // scale), min_factor=scale
-            )
+            pixels = simplejpeg.decode_jpeg(data, "RGB", True, True, height, width, min_factor=scale, buffer=buffer)
     except ValueError:
         return None
     return _upright(pixels, _jpeg_orientation(data)), scale
