@@ -14,6 +14,7 @@ import mmscale
 from mmscale.config import EvalConfig, Paths, validate
 from mmscale.data.loader import EvalSet
 from mmscale.errors import UserError
+from mmscale.evaluate.evaluation_page import evaluation_page, show_score
 from mmscale.evaluate.ranks import launched_ranks, rank_and_world_size
 from mmscale.evaluate.run import TASKS, Evaluation, run_evaluation
 from mmscale.pretrained import Pretrained, load_pretrained
@@ -26,6 +27,7 @@ def evaluate_command(
     *,
     settings: dict[str, Any] | None = None,
     output: str | Path | None = None,
+    html: str | Path | None = None,
     tokenizer: str | Path | None = None,
     ema: bool = False,
     device: str | None = None,
@@ -38,6 +40,7 @@ def evaluate_command(
             that model and data allow.
         settings: keys of the `eval` section over those of the model's run.
         output: a JSON file for the scores and everything needed to repeat them.
+        html: a page with the scores, who was taken for whom, and pictures of hits and misses.
         tokenizer, ema, device: as `load_pretrained` takes them.
 
     Returns:
@@ -57,6 +60,8 @@ def evaluate_command(
             _print_table(evaluation, pretrained.path, shards)
             if output is not None:
                 _write_scores(Path(output), evaluation, pretrained, shards, config)
+            if html is not None:
+                Path(html).write_text(evaluation_page(evaluation, pretrained, shards), encoding="utf-8")
     return evaluation.scores
 
 
@@ -87,8 +92,7 @@ def _print_table(evaluation: Evaluation, model: Path, shards: Paths) -> None:
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in evaluation.scores.items():
-        counted = isinstance(value, int) or name.endswith(("_rank", "_cider"))
-        table.add_row(name, f"{value:,g}" if counted else f"{value:.2%}")
+        table.add_row(name, show_score(name, value))
     Console().print(table)
 
 

@@ -49,6 +49,21 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -
     return f"<h2>{escape(title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>\n"
 
 
+def heat_table(title: str, names: Sequence[str], matrix: np.ndarray) -> str:
+    """A square matrix of counts `[rows, columns]`; the larger a cell's share of its row, the darker it is."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = ""
+    for name, row in zip(names, matrix, strict=True):
+        shares = row / max(1, row.sum())
+        cells = "".join(
+            f'<td style="background: rgba(36, 87, 214, {share:.3f}); color: {"#fff" if share > 0.5 else "#222"}">'
+            f"{count}</td>"
+            for count, share in zip(row, shares, strict=True)
+        )
+        body += f"<tr><th>{escape(name)}</th>{cells}</tr>\n"
+    return f"<h2>{escape(title)}</h2>\n<table><tr><th></th>{head}</tr>\n{body}</table>\n"
+
+
 def picture(pixels: Tensor) -> str:
     """An `<img>` that carries its own data."""
     data = io.BytesIO()

@@ -3,15 +3,18 @@
 import logging
 import urllib.error
 import urllib.request
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mmscale.config import Paths
 from mmscale.data import images
+from mmscale.data.captions import SampleError
 from mmscale.data.loader import EvalSet
 from mmscale.data.paths import expand
 from mmscale.data.shards import Shards
@@ -64,13 +67,28 @@ def read_again(source: str, place: int | None, pretrained: Pretrained) -> Pictur
     """One picture by its `source` and `place`, without reading those before it."""
     if place is None:
         return next(_read_source(source, pretrained))
-    shards = Shards(expand(source), pretrained.data)
-    for shard, count in enumerate(shards.counts):
-        if place < count:
-            raw = shards.read(shard, place)
-            return _decode(source, raw.image, pretrained.image_size, pretrained.data.max_pixels)
-        place -= count
-    raise UserError(f"{source}: has fewer samples than it had")
+    return Picture(source, PlacedPictures(source, pretrained).read(place), source=source, place=place)
+
+
+class PlacedPictures:
+    """The pictures of shards by their number among all samples, as an `EvalSet` counts them."""
+
+    def __init__(self, shards: Paths, pretrained: Pretrained):
+        self._shards, self._pretrained = Shards(expand(shards), pretrained.data), pretrained
+        self._ends = list(accumulate(self._shards.counts))
+
+    def read(self, place: int) -> Tensor:
+        """uint8 `[3, size, size]`. Raises UserError when the shards have changed and it is no longer there."""
+        shard = bisect_right(self._ends, place)
+        if shard == len(self._ends):
+            raise UserError(f"sample {place} is not there: the shards have changed")
+        number = place - (self._ends[shard - 1] if shard else 0)
+        name = f"sample {place} of {self._shards.paths[shard]}"
+        try:
+            content = self._shards.read(shard, number).image
+        except SampleError as error:
+            raise UserError(f"{name}: {error}") from None
+        return _decode(name, content, self._pretrained.image_size, self._pretrained.data.max_pixels).pixels
 
 
 def is_shards(source: str) -> bool:

@@ -26,12 +26,14 @@ BLOCK_ROWS, BLOCK_COLUMNS = 2048, 8192  # 64 MiB of similarities at a time
 class Retrieval:
     """The task in an evaluation: collects embeddings of pictures and captions, then ranks them against each other.
 
-    After `finish`, `pairs` says among how many pictures.
+    After `finish`, `pairs` says among how many pictures, and `ranks` where each of them (by its position in the split)
+    finds its best caption.
     """
 
     def __init__(self, model: MMScaleModel, tokenizer: Tokenizer, config: EvalConfig):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.pairs = 0
+        self.ranks: dict[int, float] = {}
         self._positions: list[int] = []
         self._captions: list[list[str]] = []
         self._images: list[Tensor] = []
@@ -68,10 +70,10 @@ class Retrieval:
         row_of = {positions[row]: new_row for new_row, row in enumerate(taken)}
         kept = [index for index, owner in enumerate(owners) if owner in row_of]
         image_of_text = torch.tensor([row_of[owners[index]] for index in kept], device=images.device)
-        return {"retrieval_pairs": len(taken)} | {
-            f"retrieval_{name}": score
-            for name, score in retrieval_scores(images[taken], texts[kept], image_of_text).items()
-        }
+        counts = count_above_and_tied(images[taken], texts[kept], image_of_text)
+        above, tied, right = counts["image_to_text"]
+        self.ranks = {positions[row]: rank for row, rank in zip(taken, _mean_rank(above, tied, right), strict=True)}
+        return {"retrieval_pairs": len(taken)} | {f"retrieval_{name}": score for name, score in _scores(counts).items()}
 
 
 def retrieval_scores(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, float]:
@@ -87,13 +89,21 @@ def retrieval_scores(image_embeds: Tensor, text_embeds: Tensor, image_of_text: T
     Returns:
         `image_to_text_r1` ... `text_to_image_r10` as fractions and `..._median_rank` (from 1).
     """
-    counts = count_above_and_tied(image_embeds, text_embeds, image_of_text)
+    return _scores(count_above_and_tied(image_embeds, text_embeds, image_of_text))
+
+
+def _scores(counts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float]:
     scores = {}
     for direction, (above, tied, right) in counts.items():
         for k in RECALLS:
             scores[f"{direction}_r{k}"] = float(_hit_probability(above, tied, right, k).mean())
-        scores[f"{direction}_median_rank"] = float(np.median(above + 1 + tied / (right + 1)))
+        scores[f"{direction}_median_rank"] = float(np.median(_mean_rank(above, tied, right)))
     return scores
+
+
+def _mean_rank(above: np.ndarray, tied: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The rank, from 1, of the first right answer, on average over the orders of what ties with it."""
+    return above + 1 + tied / (right + 1)
 
 
 def count_above_and_tied(
