@@ -134,15 +134,15 @@ def _add_eval(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.evaluate.command import evaluate_command
 
-        settings = {
-            key: value for key in ("batch", "samples", "classnames", "templates") if (value := getattr(args, key))
-        }
+        keys = ("batch", "samples", "classnames", "templates", "distinct_pairs", "all_captions", "vqa_prompt")
+        settings = {key: value for key in keys if (value := getattr(args, key))}
         evaluate_command(
             args.model,
             args.data,
             args.task,
             settings=settings,
             output=args.output,
+            html=args.html,
             tokenizer=args.tokenizer,
             ema=args.ema,
             device=args.device,
@@ -160,8 +160,8 @@ def _add_eval(verbs) -> None:
     parser.add_argument(
         "--task",
         action="append",
-        choices=["zeroshot", "retrieval", "caption"],
-        help="may be repeated; all when left out",
+        choices=["zeroshot", "retrieval", "caption", "vqa"],
+        help="may be repeated; those of the run's `eval.tasks` when left out",
     )
     parser.add_argument("--batch", type=int, help="samples of a forward pass")
     parser.add_argument("--samples", type=int, help="only the first so many")
@@ -169,7 +169,9 @@ def _add_eval(verbs) -> None:
     parser.add_argument("--templates", help="text file, one prompt template a line, {} for the name")
     parser.add_argument("--distinct-pairs", type=int, help="retrieval among so many pairs that share no caption")
     parser.add_argument("--all-captions", action="store_true", help="retrieval with every caption of a picture")
+    parser.add_argument("--vqa-prompt", help="what an answer goes on from, {} for the question")
     parser.add_argument("--output", help="JSON file for the scores")
+    parser.add_argument("--html", help="page with the scores, confusions, and pictures of hits and misses")
 
 
 def _add_caption(verbs) -> None:
@@ -218,11 +220,18 @@ def _add_export(verbs) -> None:
             from mmscale.export.open_clip import export_open_clip
 
             export_open_clip(args.checkpoint, args.out, tokenizer=args.tokenizer, **shared)
+        elif args.to == "onnx":
+            from mmscale.export.onnx import export_onnx
+
+            export_onnx(args.checkpoint, args.out, tokenizer=args.tokenizer, **shared)
         else:
             from mmscale.export.hub import export_hub
 
             card = {key: getattr(args, key) for key in ("scores", "name", "license", "data")}
-            export_hub(args.checkpoint, args.out, dtype=args.dtype, tokenizer=args.tokenizer, **card, **shared)
+            reuse = args.push is not None  # an upload that broke off goes on with the folder that is there
+            export_hub(
+                args.checkpoint, args.out, dtype=args.dtype, tokenizer=args.tokenizer, reuse=reuse, **card, **shared
+            )
         if args.push:
             from mmscale.export.push import push_folder
 
@@ -239,9 +248,10 @@ def _add_export(verbs) -> None:
     parser.add_argument("out", help="folder to write; must be empty or not there")
     parser.add_argument(
         "--to",
-        choices=["hub", "open_clip", "clip-vision"],
+        choices=["hub", "open_clip", "clip-vision", "onnx"],
         default="hub",
-        help="Hugging Face Hub folder, open_clip checkpoint, or the image tower as a stock CLIPVisionModel",
+        help="Hugging Face Hub folder, open_clip checkpoint, the image tower as a stock CLIPVisionModel, or both "
+        "towers for onnxruntime",
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (hub)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run that kept them")
