@@ -175,3 +175,14 @@ def test_an_interrupted_call_leaves_no_shards_and_can_be_repeated(tmp_path):
 def test_numbers_out_of_range_are_refused(tmp_path, arguments):
     with pytest.raises(UserError):
         toy.make_toy(tmp_path, **arguments)
+
+
+def test_only_one_of_the_relations_holds(shards):
+    for *_, record in read(shards, "train"):
+        boxes = [[item["box"] for item in record["objects"] if item["group"] == group] for group in (0, 1)]
+        if record["relation"] is not None:
+            axis = 0 if record["relation"] == "above" else 1  # along which the groups must not lie apart
+            (low, high), (other_low, other_high) = (
+                (min(box[axis] for box in group), max(box[axis + 2] for box in group)) for group in boxes
+            )
+            assert low < other_high and other_low < high

@@ -1,8 +1,8 @@
 """Toy shards: drawn pictures of coloured shapes, with captions that say exactly what is drawn.
 
 A scene is either one group of equal shapes ("three small green stars") or two groups in a relation ("a small red circle
-above two large blue squares"). Every caption of a scene names all its
-attributes, and no two scenes share a caption, so that a generated caption is right or wrong without judgement.
+above two large blue squares"). Every caption of a scene names all its attributes, no two scenes share a caption, and a
+picture never fits two of them, so that a generated caption is right or wrong without judgement.
 
 A hash of (seed, scene) says to which split a scene belongs, so that no scene, hence no picture, of `val` is ever
 trained on, whatever the numbers of samples. About a quarter of all scenes belong to `val`.
@@ -120,11 +120,10 @@ def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[dict]]:
     background = tuple(channel + rng.randrange(-3, 4) for channel in BACKGROUND)
     canvas = Image.new("RGB", (PICTURE_SIZE * SUPERSAMPLING,) * 2, background)
     brush = ImageDraw.Draw(canvas)
-    cells = [HALVES[half] for half in RELATIONS[scene.relation]] if scene.relation else [ANYWHERE]
     objects = []
-    for number, (group, own_cells) in enumerate(zip(scene.groups, cells, strict=True)):
+    for number, (group, cells) in enumerate(zip(scene.groups, _cells(scene, rng), strict=True)):
         color = tuple(min(255, max(0, channel + rng.randrange(-18, 19))) for channel in COLORS[group.color])
-        for x, y, radius in _places(group, own_cells, rng):
+        for x, y, radius in _places(group, cells, rng):
             box = _draw_shape(brush, group.shape, x, y, radius, color, background)
             attributes = {"shape": group.shape, "color": group.color, "size": group.size}
             objects.append({**attributes, "group": number, "box": box})
@@ -213,11 +212,27 @@ def _random_pair(groups: list[Group], rng: random.Random) -> Scene:
     return Scene((first, second), rng.choice(list(RELATIONS)))
 
 
+def _cells(scene: Scene, rng: random.Random) -> list[list[tuple[int, int]]]:
+    """The (row, column) of each shape, group by group.
+
+    Of two groups one is never both above and left of the other: then either relation could be stated.
+    """
+    if scene.relation is None:
+        return [rng.sample(ANYWHERE, scene.groups[0].count)]
+    halves = [HALVES[half] for half in RELATIONS[scene.relation]]
+    across = 1 if scene.relation == "above" else 0
+    while True:
+        cells = [rng.sample(half, group.count) for half, group in zip(halves, scene.groups, strict=True)]
+        first, second = ([cell[across] for cell in group] for group in cells)
+        if min(first) <= max(second) and min(second) <= max(first):
+            return cells
+
+
 def _places(group: Group, cells: list[tuple[int, int]], rng: random.Random) -> Iterator[tuple[int, int, int]]:
-    """Centre and radius, in supersampled pixels, of each shape of a group: each in a cell of its own."""
+    """Centre and radius, in supersampled pixels, of each shape of a group."""
     radius = SIZES[group.size] * SUPERSAMPLING
     radius = rng.randrange(radius * 93 // 100, radius * 105 // 100 + 1)
-    for row, column in rng.sample(cells, group.count):
+    for row, column in cells:
         shift_x, shift_y = rng.randrange(-SHIFT, SHIFT + 1), rng.randrange(-SHIFT, SHIFT + 1)
         x, y = column * CELL + CELL // 2 + shift_x, row * CELL + CELL // 2 + shift_y
         yield x * SUPERSAMPLING, y * SUPERSAMPLING, radius
