@@ -223,7 +223,7 @@ def stop_moving(trainer, update):
 def hang(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train_tiny(tiny_config(folder, run={"dir": folder, "hang_s": 3.0, "save_every": 32}), stop_moving)
+    train_tiny(tiny_config(folder, run={"dir": folder, "hang_s": 6.0, "save_every": 32}), stop_moving)
 
 
 def test_a_rank_that_stands_still_is_described_and_the_job_ends(tmp_path):
@@ -240,6 +240,9 @@ def test_a_rank_that_stands_still_is_described_and_the_job_ends(tmp_path):
     assert "train_tiny" in (tmp_path / "hang" / "rank_00000.txt").read_text()
     assert "State:\tT (stopped)" in (tmp_path / "hang" / "rank_00001.txt").read_text()
     assert Checkpoint.open(tmp_path).step == 4
+    end = status(tmp_path)
+    assert (end["status"], end["step"]) == ("failed", 5)
+    assert end["reason"] == "rank 0: no step for 6 s"
 
 
 def part_norms_of(stages):

@@ -91,9 +91,9 @@ class RunFolder:
         if self.writes:
             write_whole(self.path / "config.yaml", config.dump(), replace=True)
 
-    def write_status(self, status: str, samples: int, step: int, reason: str = "") -> None:
+    def write_status(self, status: str, samples: int, step: int, reason: str = "", *, any_rank: bool = False) -> None:
         """`running`, `finished`, `preempted`, `refused`, `stopped` (a guard) or `failed`: what scripts read."""
-        if self.writes and self.path.is_dir():
+        if (self.writes or any_rank) and self.path.is_dir():
             facts = {"status": status, "samples": samples, "step": step, "reason": reason, "time": time.time()}
             write_whole(self.path / "status.json", json.dumps(facts) + "\n", replace=True)
 

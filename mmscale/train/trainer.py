@@ -80,9 +80,15 @@ def run(
     processes = start_processes(deterministic=config.run.deterministic)
     folder = RunFolder(config.run.dir, writes=processes.is_main and not check)
     trainer = None
+
+    def note_hang(reason: str) -> None:
+        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
+        folder.write_status("failed", samples, step, reason, any_rank=not check)
+
     try:
-        trainer = Trainer(config, build, processes, folder, check=check, hooks=hooks)
-        return trainer.run()
+        with Watchdog(folder.path / "hang", processes, config.run.hang_s, note_hang) as watchdog:
+            trainer = Trainer(config, build, processes, folder, watchdog, check=check, hooks=hooks)
+            return trainer.run()
     except UserError as error:
         samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
         folder.write_status("stopped" if step else "refused", samples, step, str(error))
@@ -106,11 +112,13 @@ class Trainer:
         build: Callable[[Config, Processes], Task],
         processes: Processes,
         folder: RunFolder,
+        watchdog: Watchdog,
         *,
         check: bool,
         hooks: Sequence[Hook],
     ):
-        self.config, self.processes, self.folder, self.check = config, processes, folder, check
+        self.config, self.processes, self.folder, self.watchdog = config, processes, folder, watchdog
+        self.check = check
         self.step = self.samples = self.num_bad = 0
         self.skips = SkipCounter(config.train.max_skips)
         self.spikes = SpikeGuard()
@@ -130,7 +138,6 @@ class Trainer:
         self.saver = Saver(
             folder.checkpoints, processes, keep_last=config.run.keep_last, keep_every=config.run.keep_every
         )
-        self.watchdog = Watchdog(folder.path / "hang", processes, config.run.hang_s)
         if checkpoint is not None:
             self._restore(checkpoint, changes)
         total = -(-config.train.samples // config.train.global_batch)
@@ -159,7 +166,7 @@ class Trainer:
         batches = self._batches()
         stop_file = None if self.check else self.folder.path / "STOP"
         stop = 0
-        with StopRequests(stop_file, self.config.run.max_minutes) as requests, self.watchdog:
+        with StopRequests(stop_file, self.config.run.max_minutes) as requests:
             self.meter = Meter()
             while self.samples < self.config.train.samples and not stop:
                 micro_batches, waited = next(batches)

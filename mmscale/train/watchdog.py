@@ -5,13 +5,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmscale.train.engine import Processes
 
-# A step that compiles, fills caches or builds indexes may take this many times longer than others.
+# What comes before the first step's end (building indexes, compiling, filling caches) may take so many times longer.
 PATIENCE_AT_FIRST = 10.0
 # For the ranks of this machine to write their own stacks, before their state is read from outside.
 GRACE_S = 5.0
@@ -23,10 +23,12 @@ class Watchdog:
     """A thread that expects `beat()` at least every `hang_s` seconds.
 
     When it does not come, this rank writes its Python stacks to `folder`; ranks of the same machine that do not do so
-    themselves (stopped, or stuck in a system call) are described from /proc and killed; then the process ends with 1.
+    themselves (stopped, or stuck in a system call) are described from /proc and killed; then `on_hang` is told, and the
+    process ends with 1.
     """
 
-    def __init__(self, folder: Path, processes: Processes, hang_s: float):
+    def __init__(self, folder: Path, processes: Processes, hang_s: float, on_hang: Callable[[str], None]):
+        self._on_hang = on_hang
         self._folder, self._rank, self._hang_s = folder, processes.rank, hang_s
         self._neighbours = {
             rank: pid
@@ -80,9 +82,10 @@ class Watchdog:
             silent = {rank: pid for rank, pid in silent.items() if not self._stacks(rank).exists()}
         for rank, pid in silent.items():
             self._stacks(rank).write_text(describe_process(rank, pid))
-        print(
-            f"rank {self._rank}: no step for {self._limit:.0f} s, giving up; stacks are in {self._folder}", flush=True
-        )
+        reason = f"rank {self._rank}: no step for {self._limit:.0f} s"
+        print(f"{reason}, giving up; stacks are in {self._folder}", flush=True)
+        with suppress(OSError):
+            self._on_hang(reason)
         for pid in silent.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it would outlive the signals that launchers send
