@@ -43,3 +43,11 @@ def test_bad_files_and_sizes_are_refused(tmp_path):
     with pytest.raises(UserError, match="no captions"):
         train_tokenizer([], tmp_path / "x.model", 300)
     assert not (tmp_path / "x.model").exists()
+
+
+def test_a_small_vocabulary_gets_whole_words(tmp_path):
+    words = "small large red blue green circle square above below two three".split()  # noqa: SIM905
+    captions = [f"{a} {b} {c}" for a in words for b in words for c in words]
+    tokenizer = train_tokenizer(captions, tmp_path / "words.model", 320)
+    for word in words:
+        assert len(tokenizer.encode(word, 32)) == 3, word  # start, the word, end

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from mmscale.errors import UserError
 
 PAD_ID, UNK_ID, START_ID, END_ID = range(4)
 TRAINING_THREADS = 16  # the model depends on their number: the same everywhere gives the same file everywhere
+SMALL_CORPUS = 100_000  # captions, below which candidates for pieces are counted here
+SMALL_VOCABULARY = 200_000  # characters in all different words together
+LONGEST_PIECE = 16  # characters, as SentencePiece's own limit
 
 
 class Tokenizer:
@@ -66,12 +70,18 @@ def train_tokenizer(captions: Iterable[str], out: str | Path, vocab_size: int, *
     """
     model = io.BytesIO()
     captions = iter(captions)
-    first = next(captions, None)
-    if first is None:
+    first = list(itertools.islice(captions, SMALL_CORPUS))
+    if not first:
         raise UserError("there are no captions to train a tokenizer on")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    seeds = _seed_pieces(first) if len(first) < SMALL_CORPUS else {}
     try:
+        temporary.write_text("".join(f"{piece}\t{count}\n" for piece, count in seeds.items()), encoding="utf-8")
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], captions),
+            sentence_iterator=itertools.chain(first, captions),
+            seed_sentencepieces_file=str(temporary) if seeds else "",
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
@@ -90,11 +100,26 @@ def train_tokenizer(captions: Iterable[str], out: str | Path, vocab_size: int, *
             minloglevel=0 if log else 2,
         )
     except RuntimeError as error:
+        temporary.unlink()
         reason = " ".join(str(error).split())
         raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on these captions: {reason}") from None
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     temporary.write_bytes(model.getvalue())
     temporary.replace(out)
     return Tokenizer.load(out)
+
+
+def _seed_pieces(captions: list[str]) -> dict[str, int]:
+    """Candidates for pieces, with how often each occurs: every part of every word.
+
+    SentencePiece finds its own candidates among parts that *different* words share. Where there are few words, that
+    leaves out most whole words, and `small` becomes four pieces. Nothing when the words are too many for this to matter.
+    """
+    words = Counter(f"▁{word}" for caption in captions for word in caption.split())
+    if sum(map(len, words)) > SMALL_VOCABULARY:
+        return {}
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for stop in range(start + 1, min(start + LONGEST_PIECE, len(word)) + 1):
+                pieces[word[start:stop]] += count
+    return dict(pieces)
