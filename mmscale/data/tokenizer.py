@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from mmscale.errors import UserError
 
@@ -103,7 +104,9 @@ def train_tokenizer(captions: Iterable[str], out: str | Path, vocab_size: int, *
         temporary.unlink()
         reason = " ".join(str(error).split())
         raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on these captions: {reason}") from None
-    temporary.write_bytes(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a path of this machine
+    temporary.write_bytes(proto.SerializeToString(deterministic=True))
     temporary.replace(out)
     return Tokenizer.load(out)
 
@@ -112,7 +115,7 @@ def _seed_pieces(captions: list[str]) -> dict[str, int]:
     """Candidates for pieces, with how often each occurs: every part of every word.
 
     SentencePiece finds its own candidates among parts that *different* words share. Where there are few words, that
-    leaves out most whole words, and `small` becomes four pieces. Nothing when the words are too many for this to matter.
+    leaves out most whole words, and `small` becomes four pieces. Nothing when there are too many words to matter.
     """
     words = Counter(f"▁{word}" for caption in captions for word in caption.split())
     if sum(map(len, words)) > SMALL_VOCABULARY:
