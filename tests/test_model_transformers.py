@@ -1,6 +1,7 @@
 """What a model of the Transformers library is expected to do."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mmscale.model import MMScaleImageProcessor, MMScaleModel, MMScaleOutput, MM
 from mmscale.model.flops import training_flops
 from mmscale.model.patch_dropout import kept_patches
 from mmscale.model.presets import PRESETS, build_model, build_model_config
-from mmscale.objectives.pretraining import PretrainingObjective
+from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
 
 SIZES = ModelConfig(
     embed_dim=16,
@@ -186,12 +187,13 @@ def test_bytes_are_normalised_as_the_processor_does():
     assert torch.allclose(model.get_image_features(floats), model.get_image_features(pictures), atol=1e-5)
 
 
-def gradients(model: MMScaleModel, **weights) -> dict[str, torch.Tensor]:
+def gradients(model: MMScaleModel, rows: int = 4, **weights) -> dict[str, torch.Tensor]:
     objective = PretrainingObjective(model.train(), ObjectiveConfig(**weights))
-    given = inputs()
+    given = inputs(rows)
     given["lengths"] = given.pop("attention_mask").sum(1)
-    batch = given | {"valid": torch.ones(4, dtype=torch.bool), "positions": torch.arange(4)}
-    objective(**batch, num_valid=torch.tensor(4), num_tokens=torch.tensor(25))[0].backward()
+    batch = SimpleNamespace(**given, valid=torch.ones(rows, dtype=torch.bool), positions=torch.arange(rows))
+    model.zero_grad()
+    forward_backward(objective, [batch], lambda loss: loss.backward())
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -223,11 +225,12 @@ def test_an_unknown_checkpointing_mode_is_refused():
 
 def test_compiled_blocks_give_the_same_gradients():
     images_and_texts = {"decoder": DecoderSizes(layers=0)}  # the decoder's blocks are of the same kind
-    expected = gradients(new_model(**images_and_texts), caption_weight=0.0)
-    model, graphs = new_model(**images_and_texts), []
+    plain, model, graphs = new_model(**images_and_texts), new_model(**images_and_texts), []
     model.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    assert_equal(gradients(model, caption_weight=0.0), expected, 1e-5)
-    assert len(graphs) == 2  # one for all blocks of the image tower, one for those of the text tower
+    for rows in (4, 3, 2):  # packed texts of 29, 20 and 17 tokens
+        found, expected = (gradients(each, rows, caption_weight=0.0) for each in (model, plain))
+        assert_equal(found, expected, 1e-5)
+    assert len(graphs) == 4  # for each number of pictures, and one for every text
 
 
 def test_patch_dropout_is_a_function_of_seed_and_position():

@@ -214,10 +214,13 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
                 block._gradient_checkpointing_func = partial(activation_checkpoint, use_reentrant=False)
 
     def compile_blocks(self, **options):
-        """Compiles every block in place; blocks of a stack share one compiled graph. Options are `torch.compile`'s."""
+        """Compiles every block in place; blocks of a stack share one compiled graph. Options are `torch.compile`'s.
+
+        Texts come in another number of tokens with every batch, pictures always in the same.
+        """
         for blocks in self._block_stacks():
             for block in blocks:
-                block.compile(**options)
+                block.compile(dynamic=blocks is not self.vision.blocks, **options)
 
     def _block_stacks(self) -> list[nn.ModuleList]:
         decoder = [self.decoder.blocks, self.decoder.cross_blocks] if self.decoder is not None else []
