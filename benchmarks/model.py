@@ -8,6 +8,7 @@ already normalised floats. Captions have 12 words on average (about 19 tokens) o
 of a process of its own, above what its imports take and 16 bytes a parameter (weights, gradients, two moments).
 """
 
+import gc
 import json
 import random
 import subprocess
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = args.sizes or ("small" if args.quick else "small,b32")
     report = Report("model")
     if args.gpu:
-        measure_mfu(report, seconds=6 if args.quick else 12)
+        measure_mfu(report, seconds=3 if args.quick else 10)
     else:
         measure_flops(report)
         for size in sizes.split(","):
@@ -217,29 +218,44 @@ def counted_flops(config: MMScaleConfig, length: int) -> float:
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
+# Preset, micro-batch to try first, captions, activation checkpointing, torch.compile.
+GPU_CASES = (
+    ("l14", 256, "12 words", "none", False),
+    ("l14", 256, "12 words", "none", True),
+    ("l14", 512, "12 words", "full", False),
+    ("l14", 512, "12 words", "full", True),
+    ("l14", 256, "full", "none", True),
+    ("g14", 128, "12 words", "none", False),
+    ("g14", 128, "12 words", "none", True),
+    ("g14", 256, "12 words", "full", False),
+    ("g14", 256, "12 words", "full", True),
+)
+
+
 def measure_mfu(report: Report, seconds: float) -> None:
     """Model FLOPs utilisation of whole steps in bf16 (fp32 weights, autocast); recomputation is not counted."""
     name = torch.cuda.get_device_name()
     peak = next((value for part, value in PEAKS.items() if part in name), None)
     if peak is None:
         sys.exit(f"{name}: its peak is not in PEAKS")
-    for preset, batch_size, captions in (("l14", 256, "12 words"), ("l14", 256, "full"), ("g14", 128, "12 words")):
-        for checkpoint in ("none", "full"):
-            for compiled in (False, True):
-                facts = {"size": preset, "captions": captions, "checkpoint": checkpoint, "compile": compiled}
-                fitting, times, flops = _steps_that_fit(preset, batch_size, captions, checkpoint, compiled, seconds)
-                if times:
-                    mfu = [100 * flops / t / peak for t in times]
-                    report.add("MFU", "%", mfu, "higher", **facts, micro_batch=fitting, gpu=name)
-                    report.add("throughput", "samples/s", [fitting / t for t in times], "higher", **facts)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for preset, batch_size, captions, checkpoint, compiled in GPU_CASES:
+        facts = {"size": preset, "captions": captions, "checkpoint": checkpoint, "compile": compiled, "gpu": name}
+        fitting, times, flops = _steps_that_fit(preset, batch_size, captions, checkpoint, compiled, seconds)
+        if times:
+            facts |= {"micro_batch": fitting, "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+            report.add("MFU", "%", [100 * flops / each / peak for each in times], "higher", **facts)
+            report.add("throughput", "samples/s", [fitting / each for each in times], "higher", **facts)
 
 
 def _steps_that_fit(
     preset: str, batch_size: int, captions: str, checkpoint: str, compiled: bool, seconds: float
 ) -> tuple[int, list[float], float]:
-    """The largest power-of-two share of the batch that fits, its step times, and its FLOPs."""
+    """The batch, halved until it fits; its step times, and its FLOPs."""
     while batch_size:
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         try:
             with torch.device("cuda"):
                 config = build_model_config(ModelConfig(preset=preset), VOCABULARY)
