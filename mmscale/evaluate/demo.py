@@ -6,6 +6,7 @@ Nothing but the standard library serves it, and it listens on the loopback unles
 import base64
 import io
 import json
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -61,6 +62,7 @@ def demo_command(
     pictures = open_index(pretrained, data, index, say=say) if data else None
     with start_demo(Demo(pretrained, pictures), host, port) as server:
         say(f"open http://{host}:{server.server_port} in a browser; Ctrl-C ends it")
+        sys.stdout.flush()  # also where the output goes to a file
         server.serve_forever()
 
 
