@@ -22,7 +22,8 @@ from mmscale.model.presets import build_model, build_model_config
 from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
 from mmscale.train.engine import Processes, deepspeed_config
 from mmscale.train.optimizer import build_optimizer
-from mmscale.train.trainer import Task, run
+from mmscale.train.task import Task
+from mmscale.train.trainer import run
 
 VOCABULARY, WORDS, BATCH = 512, 23, 32
 

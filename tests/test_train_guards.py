@@ -177,6 +177,14 @@ def twice_with_a_pause(trainer, update):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_dropout_does_not_tell_where_a_run_was_interrupted(tmp_path):
+    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "whole")) == [0, 0]
+    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "parts"), send_at_step_5) == [75, 75]
+    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "parts")) == [0, 0]
+    ours, theirs = ([line["loss"] for line in lines(tmp_path / name, "metrics.jsonl")] for name in ("parts", "whole"))
+    assert ours == theirs
+
+
 def test_signals_that_come_together_are_one_request(tmp_path):
     assert run_ranks(1, train_tiny, tiny_config(tmp_path / "a"), two_at_once) == [75]
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
@@ -212,6 +220,29 @@ def test_a_failed_save_can_end_the_run(tmp_path):
     with pytest.raises(AssertionError, match=r"UserError: run.on_save_error: saving step 8 failed: rank 1: OSError"):
         run_ranks(2, train_tiny, config, limit_files_at_step_6)
     assert Checkpoint.open(tmp_path).step == 4
+
+
+def limit_files_for_good(trainer, update):
+    if trainer.step == 6:
+        limit_files_at_step_6(trainer, update)
+
+
+def stop_in_the_last_step(trainer, update):
+    if trainer.step == STEPS - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_whose_last_save_fails_is_neither_finished_nor_preempted(tmp_path):
+    config = tiny_config(tmp_path, run={"dir": str(tmp_path), "save_every": 32})
+    with pytest.raises(AssertionError, match=r"UserError: run.dir: the last save failed: rank 1: OSError"):
+        run_ranks(2, train_tiny, config, limit_files_for_good)
+    assert status(tmp_path)["status"] == "stopped"
+    assert Checkpoint.open(tmp_path).step == 4
+
+
+def test_a_request_that_comes_with_the_last_step_finds_the_run_finished(tmp_path):
+    assert run_ranks(1, train_tiny, tiny_config(tmp_path), stop_in_the_last_step) == [0]
+    assert status(tmp_path)["status"] == "finished"
 
 
 def stop_moving(trainer, update):

@@ -48,10 +48,12 @@ class TinyModel(nn.Module):
         super().__init__()
         self.up = nn.Linear(6, 11)
         self.norm = nn.LayerNorm(11)
+        self.dropout = nn.Dropout(0.1)
         self.down = nn.Linear(11, 1)
 
     def forward(self, x):
-        return self.down(torch.tanh(self.norm(self.up(x.to(self.norm.weight.dtype))))).float()
+        hidden = torch.tanh(self.norm(self.up(x.to(self.norm.weight.dtype))))
+        return self.down(self.dropout(hidden)).float()
 
 
 class TinyObjective(nn.Module):
@@ -76,7 +78,7 @@ def forward_backward(module, micro_batches, backward):
 
 
 def build_tiny(config, processes):
-    from mmscale.train.trainer import Task
+    from mmscale.train.task import Task
 
     torch.manual_seed(config.run.seed)
     return Task(TinyObjective(), forward_backward, TinyStream(config, processes), tokenizer=None)

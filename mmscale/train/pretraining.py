@@ -17,7 +17,7 @@ from mmscale.model.presets import build_model, build_model_config
 from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
 from mmscale.train.engine import Processes
 from mmscale.train.optimizer import freeze
-from mmscale.train.trainer import Evaluated, Task
+from mmscale.train.task import Evaluated, Task
 
 NUM_EXAMPLES, THUMBNAIL = 12, 128  # pictures of each evaluation, and their longer side in pixels
 

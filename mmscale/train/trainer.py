@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ import deepspeed
 import numpy as np
 import torch
 import transformers
-from torch import nn
 
 import mmscale
 from mmscale.checkpoint import Checkpoint, committed, find_damage
 from mmscale.config import Config
 from mmscale.errors import UserError
-from mmscale.train.engine import Engine, ForwardBackward, Processes, Update, deepspeed_config, start_processes
+from mmscale.train.engine import Engine, Processes, Update, deepspeed_config, start_processes
 from mmscale.train.folder import RunFolder, compare_configs
 from mmscale.train.guards import Exchange, SkipCounter, SpikeGuard, StopRequests, exchange
 from mmscale.train.metrics import Meter, Progress, Sinks, describe, memory_gib, number, peak_flops
 from mmscale.train.saving import Saved, Saver
 from mmscale.train.schedule import learning_rate
+from mmscale.train.task import Task
 from mmscale.train.watchdog import Watchdog
 
 EXIT_FINISHED = 0
@@ -30,26 +29,6 @@ EXIT_PREEMPTED = 75
 
 # A share of bad samples means little before this many.
 FEWEST_SAMPLES_TO_JUDGE = 1000
-
-
-@dataclass
-class Evaluated:
-    """Scores by name, equal on every rank, and on rank 0 a few captioned pictures to look at (lines for a file)."""
-
-    scores: dict[str, float]
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Task:
-    """What is trained: pretraining builds one, and so does every kind of adaptation."""
-
-    objective: nn.Module  # holds the model as `model`
-    forward_backward: ForwardBackward
-    stream: Any  # a TrainStream, or something with its methods
-    tokenizer: Any
-    flops_per_sample: Callable[[float], float] | None = None  # from a text length, of forward and backward
-    evaluate: Callable[[], Evaluated] | None = None  # on all ranks
 
 
 Hook = Callable[["Trainer", Update], None]
@@ -181,7 +160,8 @@ class Trainer:
                 if self.check:
                     return self._finish_check(update)
             with self.watchdog.patience():
-                return self._preempted(StopRequests.NAMES[stop]) if stop else self._finished()
+                done = self.samples >= self.config.train.samples
+                return self._finished() if done else self._preempted(StopRequests.NAMES[stop])
 
     def due_hooks(self) -> Iterator[Hook]:
         yield from (hook for is_due, hook in self.hooks if is_due())
@@ -418,7 +398,13 @@ class Trainer:
                 print(text, flush=True)
 
     def _flush_save(self) -> None:
-        self._report_save(self.saver.flush())
+        """Waits for the last save, without which nobody may say that the run is over."""
+        saved = self.saver.flush()
+        self._report_save(saved)
+        if saved is not None and saved.error:
+            self.processes.refuse(
+                f"run.dir: the last save failed: {saved.error}; the next call goes on from the checkpoint before it"
+            )
 
     def _finished(self) -> int:
         self._flush_save()

@@ -1,0 +1,29 @@
+"""What the trainer needs to know about what it trains."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mmscale.train.engine import ForwardBackward
+
+
+@dataclass
+class Evaluated:
+    """Scores by name, equal on every rank, and on rank 0 a few captioned pictures to look at (lines for a file)."""
+
+    scores: dict[str, float]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Task:
+    """What is trained: pretraining builds one, and so does every kind of adaptation."""
+
+    objective: nn.Module  # holds the model as `model`
+    forward_backward: ForwardBackward
+    stream: Any  # a TrainStream, or something with its methods
+    tokenizer: Any
+    flops_per_sample: Callable[[float], float] | None = None  # from a text length, of forward and backward
+    evaluate: Callable[[], Evaluated] | None = None  # on all ranks
