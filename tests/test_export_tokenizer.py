@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
 from mmscale.data.tokenizer import Tokenizer, train_tokenizer
@@ -94,6 +95,21 @@ def test_a_mark_is_cut_where_no_piece_reaches_across():
     assert _cuts(["<s>"], set()) == ["(?<=<)(?=s>)"]
     assert _cuts(["<s>"], {("<", "s")}) == ["(?<=<s)(?=>)"]
     assert _cuts(["<s>"], {("<", "s"), ("s", ">")}) == []
+
+
+def test_a_mark_whose_every_place_is_inside_some_piece_is_kept_out_by_its_score(tokenizers, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(tokenizers[0].path).read_bytes())
+    known = {piece.piece for piece in proto.pieces}
+    longest = sorted((piece for piece in proto.pieces if piece.type == 1), key=lambda piece: -len(piece.piece))
+    for piece, text in zip(longest, {"<", "s", ">", "<s", "s>"} - known, strict=False):
+        piece.piece = text
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    own = Tokenizer.load(tmp_path / "tokenizer.model")
+    exported = fast_tokenizer(own, proto.SerializeToString(), 64)
+    assert _cuts(["<s>"], {("<", "s"), ("s", ">")}) == []
+    for text in ("<s>", "a <s> b", "<<s>>", "x<s>y</s>", "<s", "s>"):
+        assert exported(text)["input_ids"] == own.encode(text, 64), text
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
