@@ -317,7 +317,9 @@ class Engine:
             nonlocal left
             left -= 1
             self.deepspeed.set_gradient_accumulation_boundary(left == 0)
-            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            # A tensor of its own: DeepSpeed's hook on the loss that left the module would, in stage 0, come before the
+            # one that tells it not to divide by the accumulation.
+            self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
 
         try:
             values = self._forward_backward(self.deepspeed, micro_batches, backward)
