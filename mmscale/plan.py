@@ -12,9 +12,9 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
     logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
 
-Time per step [s]: matrix products at EFFICIENCY of the peak; element-wise work at the memory's bandwidth, since it moves
-each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication, which DeepSpeed
-does not overlap unless told so:
+Time per step [s]: matrix products at EFFICIENCY of the peak; element-wise work at the memory's bandwidth, since it
+moves each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication, which
+DeepSpeed does not overlap unless told so:
 
     stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
     stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
@@ -23,10 +23,12 @@ does not overlap unless told so:
 The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -61,6 +63,7 @@ class Gpu:
     neighbours: float
     per_machine: int
     price: float | None  # per hour, as clouds asked for it in 2025; --price overrides
+    efficiency: float = EFFICIENCY
 
 
 # From the makers' data sheets.
@@ -139,8 +142,13 @@ class Setup:
 
 def count_parameters(model: MMScaleConfig) -> dict[str, int]:
     """Parameters by part, of a model that is described but not made."""
+    return _count_parameters(model.to_json_string(use_diff=False))
+
+
+@cache  # describing a large model takes a second, and its memory is asked for again and again
+def _count_parameters(model: str) -> dict[str, int]:
     with torch.device("meta"):
-        described = MMScaleModel(model)
+        described = MMScaleModel(MMScaleConfig(**json.loads(model)))
     parts: dict[str, int] = {}
     for name, parameter in described.named_parameters():
         part = name.partition(".")[0]
@@ -174,7 +182,9 @@ def saved_bytes(setup: Setup, checkpointing: str | None = None) -> float:
     kept = max(1, round(vision.num_patches * (1 - vision.patch_dropout))) + int(vision.class_token)
     queries = vision.pooler_queries
     pixels = 3 * vision.patch_size**2 * kept * (4 + (4 if element == 2 else 0))
-    total = pixels + kept * vision.width * 2 * residual  # patches, the sum with positions, and its norm
+    # Of the recomputed blocks one at a time is whole again.
+    total = block(kept, vision.width, vision.mlp_ratio) if every else 0.0
+    total += pixels + kept * vision.width * 2 * residual  # patches, the sum with positions, and its norm
     total += stack(vision.layers, kept, vision.width, vision.mlp_ratio)
     total += kept * (vision.width * (residual + element) + 2 * model.embed_dim * element)  # pooler's context, k and v
     total += queries * model.embed_dim * (2 * element + 2 * residual)  # mixed, pooled, norm
@@ -247,7 +257,7 @@ def step_time(setup: Setup, micro_batch: int) -> Step:
     total = sum(setup.parameters.values())
     half = config.train.precision in ("bf16_params", "fp16")
     return Step(
-        products=share * flops / (EFFICIENCY * peak),
+        products=share * flops / (gpu.efficiency * peak),
         element_wise=share * MOVES * saved_bytes(setup, "none") / gpu.hbm,
         optimizer=28 * total / (ranks if setup.stage else 1) / gpu.hbm,
         network=_network_time(setup, total, 2 if half else 4, accumulation),
@@ -261,9 +271,7 @@ def _network_time(setup: Setup, total: int, size: int, accumulation: float) -> f
     if ranks == 1:
         return 0.0
     bandwidth = setup.gpu.neighbours if ranks <= setup.gpu.per_machine else min(setup.network, setup.gpu.neighbours)
-    reduce_times = (
-        accumulation if setup.stage >= 2 else 1
-    )  # stages 2 and 3 keep no whole gradient between micro-batches
+    reduce_times = accumulation if setup.stage >= 2 else 1
     volume = size * total * (reduce_times + (2 * accumulation if setup.stage == 3 else 1))
     volume += 2 * 4 * setup.model.embed_dim * setup.config.train.global_batch
     collectives = 2 * math.ceil(total / 5e8) * accumulation + 8
@@ -340,8 +348,8 @@ def _work_out(setup: Setup, vocabulary_is_assumed: bool) -> Plan:
     if micro is None:
         need = memory(setup, 1).total / GIB
         raise UserError(
-            f"one sample needs {need:.0f} GiB on each of {setup.gpus} GPUs with {setup.gpu.memory / GIB:.0f} GiB: take a "
-            f"higher train.zero_stage, model.checkpoint: full, or more GPUs"
+            f"one sample needs {need:.0f} GiB on each of {setup.gpus} GPUs with {setup.gpu.memory / GIB:.0f} GiB: "
+            f"take a higher train.zero_stage, model.checkpoint: full, or more GPUs"
         )
     micro = math.gcd(micro, train.global_batch // setup.gpus)
     return Plan(setup, micro, memory(setup, micro), step_time(setup, micro), vocabulary_is_assumed)
@@ -427,14 +435,15 @@ def _describe(plan: Plan) -> Iterator[str]:
     accumulation = train.global_batch // setup.gpus // plan.micro_batch
     yield f"{setup.gpus} GPUs x micro-batch {plan.micro_batch} x accumulation {accumulation} = {train.global_batch}"
     yield ""
-    yield f"{'GiB per GPU':<24}" + "".join(f"{name:>12}" for name in (*vars(plan.memory), "total", "largest"))
+    yield f"{'GiB per GPU':<26}" + "".join(f"{name:>12}" for name in (*vars(plan.memory), "total", "largest"))
+    own = setup.config.model.checkpoint
     for stage in range(4):
-        for checkpointing in ("none", "full"):
+        for checkpointing in dict.fromkeys(("none", own, "full")):
             need = memory(setup, plan.micro_batch, stage, checkpointing)
-            mark = "*" if (stage, checkpointing) == (train.zero_stage, setup.config.model.checkpoint) else " "
+            mark = "*" if (stage, checkpointing) == (train.zero_stage, own) else " "
             values = "".join(f"{value / GIB:>12.2f}" for value in (*vars(need).values(), need.total))
             largest = largest_micro_batch(setup, stage, checkpointing)
-            yield f"{mark} stage {stage}, checkpoint {checkpointing:<5}{values}{largest or 'no fit':>12}"
+            yield f"{mark} stage {stage}, checkpoint {checkpointing:<7}{values}{largest or 'no fit':>12}"
     yield ""
     step = plan.step
     shown = {"products": step.products, "element-wise": step.element_wise, "optimizer": step.optimizer}
@@ -454,14 +463,14 @@ def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        a, b = torch.randn(768, 768), torch.randn(768, 768)
-        flops = 2 * 768**3 / _best(lambda: a @ b, seconds)
+        a, b = torch.randn(512, 768), torch.randn(768, 768)
+        flops = 2 * 512 * 768**2 / _best(lambda: a @ b, seconds)
         source, target = torch.empty(2**24), torch.empty(2**24)
         copied = 2 * 4 * 2**24 / _best(lambda: target.copy_(source), seconds)
     finally:
         torch.set_num_threads(before)
-    # Twice, because fp32 is taken for half of a GPU's bf16 peak.
-    return Gpu(2 * flops, math.inf, copied, copied, 1, None)
+    # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
+    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0)
 
 
 def _best(work, seconds: float) -> float:
