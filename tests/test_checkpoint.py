@@ -150,9 +150,9 @@ def test_old_ones_go_but_marks_and_the_newest_stay(tmp_path):
         write(tmp_path, step, samples=100 * step)
     leftover = tmp_path / "checkpoints" / folder_name(2)
     (leftover / "manifest.json").unlink()
-    removed = remove_old(tmp_path / "checkpoints", keep_last=2, keep_every=300)
+    removed = remove_old(tmp_path / "checkpoints", keep_last=2, keep_every=400)
     assert leftover in removed
-    assert [folder.name for folder in committed(tmp_path / "checkpoints")] == [folder_name(step) for step in (3, 6, 7)]
+    assert [folder.name for folder in committed(tmp_path / "checkpoints")] == [folder_name(step) for step in (4, 6, 7)]
     assert not leftover.exists()
     remove_old(tmp_path / "checkpoints", keep_last=1)
     assert [folder.name for folder in committed(tmp_path / "checkpoints")] == [folder_name(7)]
