@@ -21,7 +21,8 @@ from mmscale.config import DataConfig, load_config
 from mmscale.data.samples import iter_captions
 from mmscale.data.tokenizer import train_tokenizer
 from mmscale.data.toy import make_toy
-from mmscale.plan import GIB, Setup, measured_cpu, memory, plan, step_time
+from mmscale.hardware import GIB, measured_cpu
+from mmscale.plan import Setup, memory, plan, step_time
 
 # preset: (batch, steps); image_size and depth are the preset's own.
 CASES = {"tiny": (64, 30), "b32": (8, 8), "l14": (2, 5)}
@@ -120,8 +121,8 @@ def table(result: dict) -> str:
     lines = [
         "# The plan beside measured runs",
         "",
-        f"One rank with one thread, fp32, {env['cpu']}, torch {env['packages']['torch']}, commit {env['commit']}. Memory is "
-        "the process's peak above that of its imports; a step's time is the median, with its 10th and 90th percentile. "
+        f"One rank with one thread, fp32, {env['cpu']}, torch {env['packages']['torch']}, commit {env['commit']}.",
+        "Memory is the process's peak above that of its imports; a step's time is the median, with its 10th and 90th percentile. "
         "Load on the machine shows in the times, not in the memory.",
         "",
         "| model | ZeRO | batch | memory, GiB | plan | off | step, s (p10-p90) | plan | off |",
@@ -129,10 +130,11 @@ def table(result: dict) -> str:
     ]
     for row in result["readings"]:
         low, median, high = np.percentile(row["measured_s"], [10, 50, 90])
+        memory_off, step_off = row["planned_gib"] / row["measured_gib"] - 1, row["planned_s"] / median - 1
         lines.append(
             f"| {row['size']} | {row['zero_stage']} | {row['batch']} | {row['measured_gib']:.2f} "
-            f"| {row['planned_gib']:.2f} | {row['planned_gib'] / row['measured_gib'] - 1:+.0%} | {median:.3f} ({low:.3f}-{high:.3f}) "
-            f"| {row['planned_s']:.3f} | {row['planned_s'] / median - 1:+.0%} |"
+            f"| {row['planned_gib']:.2f} | {memory_off:+.0%} | {median:.3f} ({low:.3f}-{high:.3f}) "
+            f"| {row['planned_s']:.3f} | {step_off:+.0%} |"
         )
     lines += [
         "",

@@ -12,9 +12,9 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
     logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
 
-Time per step [s]: matrix products at EFFICIENCY of the peak; element-wise work at the memory's bandwidth, since it
-moves each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication, which
-DeepSpeed does not overlap unless told so:
+Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
+since it moves each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication,
+which DeepSpeed does not overlap unless told so:
 
     stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
     stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
@@ -25,7 +25,6 @@ The slower of this and of the loader, which has CORES_PER_GPU cores, is the step
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -35,13 +34,12 @@ import torch
 
 from mmscale.config import Config
 from mmscale.errors import UserError
+from mmscale.hardware import GIB, GPUS, Gpu, bandwidth
 from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.model.flops import decoder_flops, forward_flops, text_flops, training_flops, vision_flops
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model_config
 
-GIB = 2**30
-EFFICIENCY = 0.55  # of the peak, for large bf16 products as cuBLAS does them
 MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
 CORES_PER_GPU = 12
@@ -51,29 +49,6 @@ LOADER_CPU_S = {"exact": 1.5e-3, "fast": 0.8e-3}
 SAMPLE_BYTES = 50_000
 DEFAULT_VOCABULARY = 49_408
 DEFAULT_TEXT_TOKENS = 24  # captions from the web are short; at most the context length
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One accelerator: dense bf16 FLOP/s, memory [bytes] and its bandwidth, and the bandwidth to its neighbours."""
-
-    flops: float
-    memory: float
-    hbm: float
-    neighbours: float
-    per_machine: int
-    price: float | None  # per hour, as clouds asked for it in 2025; --price overrides
-    efficiency: float = EFFICIENCY
-
-
-# From the makers' data sheets.
-GPUS = {
-    "a100": Gpu(312e12, 80 * GIB, 2.04e12, 300e9, 8, 1.8),
-    "h100": Gpu(989e12, 80 * GIB, 3.35e12, 450e9, 8, 2.5),
-    "h200": Gpu(989e12, 141e9, 4.8e12, 450e9, 8, 3.0),
-    "b200": Gpu(2250e12, 180e9, 8.0e12, 900e9, 8, 5.0),
-    "l40s": Gpu(362e12, 48 * GIB, 0.864e12, 32e9, 8, 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -363,18 +338,6 @@ def _vocabulary(config: Config) -> int | None:
     return Tokenizer.load(config.tokenizer.path).vocab_size
 
 
-def bandwidth(text: str) -> float:
-    """`400Gb` and `50GB` in bytes per second."""
-    for unit, size in (("Gb", 1e9 / 8), ("GB", 1e9), ("Tb", 1e12 / 8)):
-        number = text.removesuffix(unit)
-        if number != text:
-            try:
-                return float(number) * size
-            except ValueError:
-                break
-    raise UserError(f"--net {text}: write it as 400Gb (bits per second and GPU) or 50GB (bytes)")
-
-
 def sweep(base: Plan, most: int = 4096) -> Iterator[Plan]:
     """The same run on 1, 2, 4, ... GPUs, as far as the global batch divides and the model fits."""
     for exponent in range(most.bit_length()):
@@ -456,27 +419,3 @@ def _describe(plan: Plan) -> Iterator[str]:
     yield f"loader        {cores:.1f} cores and {rate * SAMPLE_BYTES / 1e6:,.0f} MB/s for each GPU"
     money = "" if plan.cost is None else f", {plan.cost:,.0f} at {setup.price:g} per GPU hour"
     yield f"{train.samples:,} samples  {plan.days:.2f} days{money}"
-
-
-def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
-    """This machine's CPU as a `Gpu`: its fp32 matrix products and memory bandwidth, measured now."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b = torch.randn(512, 768), torch.randn(768, 768)
-        flops = 2 * 512 * 768**2 / _best(lambda: a @ b, seconds)
-        source, target = torch.empty(2**24), torch.empty(2**24)
-        copied = 2 * 4 * 2**24 / _best(lambda: target.copy_(source), seconds)
-    finally:
-        torch.set_num_threads(before)
-    # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
-    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0)
-
-
-def _best(work, seconds: float) -> float:
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best

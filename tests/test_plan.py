@@ -12,9 +12,10 @@ from mmscale import plan as planning
 from mmscale.config import load_config, validate
 from mmscale.data.loader import Batch
 from mmscale.errors import UserError
+from mmscale.hardware import EFFICIENCY, GPUS, bandwidth
 from mmscale.model.presets import build_model
 from mmscale.objectives.pretraining import PretrainingObjective
-from mmscale.plan import GPUS, Setup, bandwidth, largest_micro_batch, memory, plan, step_time, sweep
+from mmscale.plan import Setup, largest_micro_batch, memory, plan, step_time, sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -132,7 +133,7 @@ def test_price_and_days_follow_from_the_throughput():
     item = make(gpus=16)
     assert item.days == pytest.approx(1_000_000 / item.samples_per_s / 86_400)
     assert item.cost == pytest.approx(item.days * 24 * 16 * GPUS["h100"].price)
-    assert 0 < item.mfu < planning.EFFICIENCY
+    assert 0 < item.mfu < EFFICIENCY
 
 
 def test_sweep_scales_less_than_proportionally_and_is_drawn(tmp_path):
