@@ -50,6 +50,11 @@ class DataConfig(Section):
     train: Paths | None = Field(None, description="path, glob, braces, @list.txt or a list of these")
     val: Paths | None = None
     sources: list[SourceConfig] | None = Field(None, description="several weighted data sets, instead of `train`")
+    mode: Literal["index", "stream"] = Field(
+        "index", description="`stream` for sources that cannot be indexed: they resume only statistically"
+    )
+    allow_pipe: bool = Field(False, description="lets `pipe:` sources of mode `stream` run their shell command")
+    shuffle_buffer: PositiveInt = Field(2000, description="samples that mode `stream` holds and draws from")
     workers: NonNegativeInt = Field(2, description="loader threads or processes of each rank; 0 reads in the step loop")
     lanes: PositiveInt = Field(64, description="interleaved reading positions; part of the stream's fingerprint")
     block: PositiveInt = Field(1024, description="samples of a lane that are permuted together")

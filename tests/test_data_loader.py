@@ -14,7 +14,8 @@ from PIL import Image
 from shard_files import bomb, caption, picture, sample, tokenizer, write_shard, write_shards
 
 from mmscale.config import DataConfig
-from mmscale.data.loader import EvalSet, TrainStream, trimmed_length
+from mmscale.data.batches import trimmed_length
+from mmscale.data.loader import EvalSet, TrainStream
 from mmscale.errors import UserError
 
 
@@ -257,7 +258,7 @@ def test_global_batches_that_do_not_divide_and_missing_data_are_refused(tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_worker_reaches_the_loop(tmp_path, workers, monkeypatch):
     source = stream(write_shards(tmp_path, [5]), workers=workers)
-    monkeypatch.setattr(source._reader, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(source._source._reader, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(source.batches(0))
     source.close()

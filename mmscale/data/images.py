@@ -55,7 +55,7 @@ class Box:
     width: int
 
 
-def decode(data: bytes, max_pixels: int) -> np.ndarray:
+def decode(data: bytes | memoryview, max_pixels: int) -> np.ndarray:
     """Pixels of an encoded picture, upright, alpha over white, any mode as RGB.
 
     Raises ImageError: not an image, truncated, or more than max_pixels.
@@ -64,7 +64,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def decode_scaled(
-    data: bytes, max_pixels: int, min_size: int | None = None, shared: bool = False
+    data: bytes | memoryview, max_pixels: int, min_size: int | None = None, shared: bool = False
 ) -> tuple[np.ndarray, int]:
     """As `decode`, but a JPEG may come at 1/2, 1/4 or 1/8 of its size, if its shorter side keeps `min_size` pixels.
 
@@ -81,7 +81,7 @@ def decode_scaled(
 
 
 def training_view(
-    data: bytes, crop: Callable[[int, int], Box], size: int, max_pixels: int, fast: bool = False
+    data: bytes | memoryview, crop: Callable[[int, int], Box], size: int, max_pixels: int, fast: bool = False
 ) -> np.ndarray:
     """A picture's training crop at size x size: [size, size, 3], uint8.
 

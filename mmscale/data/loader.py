@@ -1,76 +1,27 @@
-"""Batches of images and captions: the endless training stream, and finite sets for evaluation.
+"""Batches of images and captions: the endless training stream, and finite sets for evaluation."""
 
-Threads read, decode and tokenize (the heavy parts release the interpreter lock); each row is written straight into its
-batch. Nothing depends on which thread reads which row.
-"""
-
-import hashlib
+import itertools
 import logging
-import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mmscale.config import DataConfig, Paths
-from mmscale.data.buffers import PixelBuffers
+from mmscale.data.batches import BadSample, Batch, BatchBuilder, EvalBatch, Plan, Row, Workers
 from mmscale.data.captions import SampleError
-from mmscale.data.order import ORDER_VERSION, MixtureOrder, Place, StreamOrder
-from mmscale.data.paths import expand, is_remote
-from mmscale.data.prefetch import Prefetch
-from mmscale.data.samples import BadSample, SampleReader
+from mmscale.data.order import ORDER_VERSION, Place
+from mmscale.data.paths import expand
+from mmscale.data.samples import SampleReader
 from mmscale.data.shards import RawSample, Shards
+from mmscale.data.sources import IndexedSource, Source
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 
+__all__ = ["BadSample", "Batch", "EvalBatch", "EvalSet", "TrainStream"]
+
 logger = logging.getLogger(__name__)
 
-PREFETCH = 2  # global batches that are read ahead
-ROWS_PER_TASK = 8
 NO_POSITION = -1
-
-_buffers = PixelBuffers()
-
-
-@dataclass
-class Batch:
-    """One micro-batch of one rank.
-
-    pixel_values: uint8 [batch, 3, height, width], channels-last in memory. input_ids: int64 [batch, length],
-    right-padded. lengths: int64 [batch], tokens with start and end, 0 in a masked slot. valid: bool [batch], False
-    where the sample is bad. positions: int64 [batch], in the stream. keys: "shard/key" of each row.
-    """
-
-    pixel_values: Tensor
-    input_ids: Tensor
-    lengths: Tensor
-    valid: Tensor
-    positions: Tensor
-    keys: list[str]
-    bad: list[BadSample]
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
-
-
-@dataclass
-class EvalBatch(Batch):
-    """A Batch with each sample's parsed .json (empty when it has none) and all its captions (none for a bad sample)."""
-
-    records: list[dict]
-    captions: list[list[str]]
 
 
 class TrainStream:
@@ -98,42 +49,18 @@ class TrainStream:
                 f"train.global_batch ({global_batch}) does not divide into {world_size} ranks "
                 f"of whole micro-batches of {micro_batch}"
             )
-        sources = [(source.shards, source.weight) for source in data.sources or []]
-        if data.train is not None:
-            sources = [(data.train, 1.0)]
-        if not sources:
-            raise UserError("data.train is required: the shards to train on")
-        paths = [expand(shards, "data.train" if data.train else "data.sources") for shards, _ in sources]
-        shards = Shards([path for group in paths for path in group], data)
-        counts = _split(shards.counts, paths)
-        if len(sources) == 1:
-            self._order = StreamOrder(counts[0], seed, data.lanes, data.block)
-        else:
-            self._order = MixtureOrder(counts, [weight for _, weight in sources], seed, data.lanes, data.block)
-        self._prefetch = None
-        if any(is_remote(path) for path in shards.paths):
-            _check_cache(data, shards)
-            self._prefetch = Prefetch(shards.enter)
-        self._reader = SampleReader(shards, data, tokenizer, image_size, context_length)
+        self._source: Source = _open_source(data, tokenizer, image_size, context_length, seed, rank)
         self._pad_id, self._image_size, self._context_length = tokenizer.pad_id, image_size, context_length
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._workers = Workers(data.workers)
-        self._slow_sample_s, self._allow_change, self._block = data.slow_sample_s, data.allow_change, data.block
-        self.num_samples = self._order.num_samples
-        self._shard_digests = [
-            _digest(name, count, digest)
-            for name, count, digest in zip(shards.names, shards.counts, shards.digests, strict=True)
-        ]
-        self._names = shards.names
-        self.fingerprint = _digest(
-            data.lanes, data.block, *[(weight, len(group)) for (_, weight), group in zip(sources, paths, strict=True)],
-            *self._shard_digests,
-        )  # fmt: skip
+        self._slow_sample_s, self._allow_change = data.slow_sample_s, data.allow_change
+        self.num_samples = self._source.num_samples
+        self.fingerprint = self._source.fingerprint
 
     def batches(self, samples: int) -> Iterator[list[Batch]]:
         """From the first position not yet consumed: for each global batch, this rank's micro-batches in order."""
-        return self._workers.run(self._plan(first) for first in _count_from(samples, self._global_batch))
+        return self._workers.run(self._plan(first) for first in itertools.count(samples, self._global_batch))
 
     def state(self, samples: int) -> dict:
         """What is needed to go on after `samples` consumed samples."""
@@ -142,7 +69,7 @@ class TrainStream:
             "seed": self._seed,
             "fingerprint": self.fingerprint,
             "order_version": ORDER_VERSION,
-            "shards": _summary(self._shard_digests),
+            "shards": self._source.summary,
         }
 
     def check_state(self, state: dict) -> None:
@@ -155,58 +82,31 @@ class TrainStream:
         if state["seed"] != self._seed:
             raise UserError(f"run.seed is {self._seed}, the checkpoint's is {state['seed']}: it may not change")
         if state["fingerprint"] != self.fingerprint:
-            what = f"the training data has changed since the checkpoint: {self._difference(state)}"
+            difference = self._source.difference(state.get("shards", {}))
+            what = f"the training data has changed since the checkpoint: {difference}"
             if not self._allow_change:
                 raise UserError(f"{what}; data.allow_change=true goes on all the same")
             logger.warning("%s (data.allow_change)", what)
 
     def epoch(self, samples: int) -> float:
-        """Passes over the data after `samples` samples."""
-        return samples / self.num_samples
+        """Passes over the data after `samples` samples; 0 for a stream without end."""
+        return samples / self.num_samples if self.num_samples else 0.0
 
     def close(self) -> None:
+        self._source.close()
         self._workers.close()
-        if self._prefetch is not None:
-            self._prefetch.close()
-        self._reader.shards.close()
 
-    def _difference(self, state: dict) -> str:
-        before, now = state.get("shards", {}), _summary(self._shard_digests)
-        if before.get("count") != now["count"]:
-            return f"it had {before.get('count')} shards, now there are {now['count']}"
-        for group, (old, new) in enumerate(zip(before["digests"], now["digests"], strict=True)):
-            if old != new:
-                names = self._names[group * now["group"] : (group + 1) * now["group"]]
-                return f"shard {names[0]} differs" if len(names) == 1 else f"a shard of {names[0]}..{names[-1]} differs"
-        return "data.lanes, data.block or the weights of data.sources differ"
-
-    def _plan(self, first: int) -> "Plan[list[Batch]]":
+    def _plan(self, first: int) -> Plan:
         rows = range(first + self._rank, first + self._global_batch, self._world_size)
-        builders = []
-        for start in range(0, len(rows), self._micro_batch):
-            positions = rows[start : start + self._micro_batch]
-            places = [self._order.locate(position) for position in positions]
-            if self._prefetch is not None:
-                self._prefetch.want(place.shard for place in places)
-                # The same lanes, one block further on.
-                ahead = self._order.lanes * self._block
-                self._prefetch.want(self._order.locate(position + ahead).shard for position in positions)
-            builders.append(_Builder(positions, self._image_size, self._read_row, places, self._slow_sample_s))
+        builders = [
+            BatchBuilder(
+                self._source.read, self._source.places(positions), positions, self._image_size, self._slow_sample_s
+            )
+            for start in range(0, len(rows), self._micro_batch)
+            if (positions := rows[start : start + self._micro_batch])
+        ]
         tasks = [task for builder in builders for task in builder.tasks()]
         return Plan(tasks, lambda: [builder.batch(self._pad_id, self._context_length) for builder in builders])
-
-    def _read_row(self, builder: "_Builder", row: int, place: Place) -> None:
-        shards = self._reader.shards
-        position = builder.positions[row]
-        name = shards.names[place.shard]
-        try:
-            key, ids = self._reader.train(place, self._seed, position, builder.pixels[row])
-        except SampleError as error:
-            key = shards.key(place.shard, place.sample)
-            builder.bad[row] = BadSample(position, name, key, str(error))
-        else:
-            builder.ids[row] = ids
-        builder.keys[row] = f"{name}/{key}"
 
 
 class EvalSet:
@@ -234,7 +134,7 @@ class EvalSet:
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self.num_samples = int(counts.sum()) if limit is None else min(limit, int(counts.sum()))
-        self._reader = SampleReader(self._shards, data, tokenizer, image_size, context_length)
+        self._reader = SampleReader(data, tokenizer, image_size, context_length)
         self._pad_id, self._image_size, self._context_length = tokenizer.pad_id, image_size, context_length
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._num_workers, self._slow_sample_s = data.workers, data.slow_sample_s
@@ -250,137 +150,37 @@ class EvalSet:
         finally:
             workers.close()
 
-    def _plan(self, number: int) -> "Plan[EvalBatch]":
+    def _plan(self, number: int) -> Plan:
         rows = range(self._rank, self.num_samples, self._world_size)
         positions = rows[number * self._batch_size : (number + 1) * self._batch_size] or [NO_POSITION]
         places = [self._locate(position) for position in positions]
-        builder = _Builder(positions, self._image_size, self._read_row, places, self._slow_sample_s)
+        builder = BatchBuilder(self._read, places, positions, self._image_size, self._slow_sample_s)
         return Plan(list(builder.tasks()), lambda: builder.eval_batch(self._pad_id, self._context_length))
 
     def _locate(self, position: int) -> Place:
         shard = int(np.searchsorted(self._ends, position, side="right"))
         return Place(0, shard, position - int(self._starts[shard]))
 
-    def _read_row(self, builder: "_Builder", row: int, place: Place) -> None:
-        position = builder.positions[row]
+    def _read(self, place: Place, position: int, out: np.ndarray) -> Row:
         if position == NO_POSITION:
-            return
+            return Row()
         name = self._shards.names[place.shard]
         try:
-            sample, ids = self._reader.evaluate(place.shard, place.sample, builder.pixels[row])
+            raw = self._shards.read(place.shard, place.sample, with_record=True)
+            ids = self._reader.evaluate(raw, out)
         except SampleError as error:
-            key = self._shards.key(place.shard, place.sample)
-            builder.bad[row] = BadSample(position, name, key, str(error))
-        else:
-            key = sample.key
-            builder.ids[row] = ids
-            builder.records[row] = sample.record
-            builder.captions[row] = _all_captions(sample)
-        builder.keys[row] = f"{name}/{key}"
+            return Row(name, self._shards.key(place.shard, place.sample), reason=str(error))
+        return Row(name, raw.key, ids, record=raw.record, captions=_all_captions(raw))
 
 
-@dataclass
-class Plan:
-    """A piece of work: tasks that may run in any order on any thread, and what to make of them when all are done."""
+def _open_source(
+    data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int, seed: int, rank: int
+) -> Source:
+    if data.mode == "index":
+        return IndexedSource(data, tokenizer, image_size, context_length, seed)
+    from mmscale.data.endless import EndlessSource
 
-    tasks: list[Callable[[], None]]
-    finish: Callable[[], object]
-
-
-class Workers:
-    """Runs plans in order: ahead of time on `num_threads` threads, or with 0 threads when they are asked for."""
-
-    def __init__(self, num_threads: int):
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader") if num_threads else None
-
-    def run(self, plans: Iterator[Plan]) -> Iterator:
-        if self._pool is None:
-            for plan in plans:
-                for task in plan.tasks:
-                    task()
-                yield plan.finish()
-            return
-        ahead: deque[tuple[Plan, list[Future]]] = deque()
-        try:
-            while True:
-                while len(ahead) <= PREFETCH and (plan := next(plans, None)) is not None:
-                    ahead.append((plan, [self._pool.submit(task) for task in plan.tasks]))
-                if not ahead:
-                    return
-                plan, futures = ahead.popleft()
-                for future in futures:
-                    future.result()
-                yield plan.finish()
-        finally:
-            for _, futures in ahead:
-                for future in futures:
-                    future.cancel()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Builder:
-    """A batch in the making; threads fill its rows."""
-
-    def __init__(
-        self,
-        positions: Sequence[int],
-        image_size: int,
-        read_row: Callable[["_Builder", int, Place], None],
-        places: list[Place],
-        slow_sample_s: float,
-    ):
-        self.positions = positions
-        # Channels last, as the resize leaves them: a row is copied in one piece.
-        self._pixels = _buffers.take(len(positions), image_size, image_size, 3)
-        self.pixels = self._pixels.numpy()
-        self.ids: list[list[int]] = [[] for _ in positions]
-        self.keys = [""] * len(positions)
-        self.bad: list[BadSample | None] = [None] * len(positions)
-        self.records: list[dict] = [{} for _ in positions]
-        self.captions: list[list[str]] = [[] for _ in positions]
-        self._read_row, self._places, self._slow_sample_s = read_row, places, slow_sample_s
-
-    def tasks(self) -> Iterator[Callable[[], None]]:
-        for start in range(0, len(self.positions), ROWS_PER_TASK):
-            yield lambda start=start: self._fill(start, min(start + ROWS_PER_TASK, len(self.positions)))
-
-    def batch(self, pad_id: int, context_length: int) -> Batch:
-        return Batch(**self._parts(pad_id, context_length))
-
-    def eval_batch(self, pad_id: int, context_length: int) -> EvalBatch:
-        return EvalBatch(**self._parts(pad_id, context_length), records=self.records, captions=self.captions)
-
-    def _fill(self, start: int, stop: int) -> None:
-        for row in range(start, stop):
-            begun = time.monotonic()
-            self._read_row(self, row, self._places[row])
-            if not self.ids[row]:
-                self.pixels[row] = 0
-            if (took := time.monotonic() - begun) > self._slow_sample_s:
-                logger.warning("%s took %.1f s to read", self.keys[row], took)
-
-    def _parts(self, pad_id: int, context_length: int) -> dict:
-        lengths = torch.tensor([len(ids) for ids in self.ids])
-        input_ids = torch.full((len(self.ids), trimmed_length(int(lengths.max()), context_length)), pad_id)
-        for row, ids in enumerate(self.ids):
-            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return {
-            "pixel_values": self._pixels.permute(0, 3, 1, 2),
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "valid": lengths > 0,
-            "positions": torch.tensor(list(self.positions)),
-            "keys": self.keys,
-            "bad": [bad for bad in self.bad if bad is not None],
-        }
-
-
-def trimmed_length(longest: int, context_length: int) -> int:
-    """Columns for captions of up to `longest` tokens: a multiple of 8 with the CLS token, where the context allows."""
-    return min(context_length, -(-(longest + 1) // 8) * 8 - 1)
+    return EndlessSource(data, tokenizer, image_size, context_length, seed, rank)
 
 
 def _all_captions(sample: RawSample) -> list[str]:
@@ -388,36 +188,3 @@ def _all_captions(sample: RawSample) -> list[str]:
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         return texts
     return [text for texts in sample.captions for text in texts]
-
-
-def _count_from(first: int, step: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += step
-
-
-def _split(counts: list[int], groups: list[list[str]]) -> list[list[int]]:
-    ends = np.cumsum([len(group) for group in groups])
-    return [counts[end - len(group) : end] for group, end in zip(groups, ends, strict=True)]
-
-
-def _check_cache(data: DataConfig, shards: Shards) -> None:
-    """A cache that cannot hold the shards in play would fetch them again and again. Raises UserError."""
-    per_lane = math.ceil(data.block * len(shards.counts) / max(sum(shards.counts), 1)) + 1
-    needed = min(data.lanes * per_lane * sum(shards.sizes) / len(shards.sizes), sum(shards.sizes))
-    if data.cache_gib * 2**30 < needed:
-        raise UserError(
-            f"data.cache_gib: {data.cache_gib:g} GiB cannot hold the shards that are read at once (data.lanes "
-            f"{data.lanes} x data.block {data.block} samples): {needed / 2**30:.2f} GiB are needed"
-        )
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
-
-
-def _summary(digests: list[str]) -> dict:
-    """At most 4,096 short digests of runs of shards: enough to say where a data set has changed."""
-    group = -(-len(digests) // 4096)
-    runs = [digests[start : start + group] for start in range(0, len(digests), group)]
-    return {"count": len(digests), "group": group, "digests": [_digest(*run)[:8] for run in runs]}

@@ -9,14 +9,21 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from mmscale.config import Paths
 from mmscale.errors import UserError
 
+PIPE = "pipe:"
 
-def expand(paths: Paths, what: str = "shards") -> list[str]:
+
+def expand(paths: Paths, what: str = "shards", pipes: bool = False) -> list[str]:
     """The shards that `paths` names, in a fixed order; `what` is the key or argument that error messages mention.
 
     A list keeps its order, a glob and a folder are sorted by name. Raises UserError for a shard that does not exist,
     a pattern that matches nothing and a shard that is named twice.
     """
     shards = [shard for path in ([paths] if isinstance(paths, str) else paths) for shard in _expand_one(path, what)]
+    if not pipes and any(shard.startswith(PIPE) for shard in shards):
+        raise UserError(
+            f"{what}: a pipe: source runs a shell command and cannot be indexed; if you trust it, "
+            "set data.mode: stream and data.allow_pipe: true"
+        )
     if not shards:
         raise UserError(f"{what}: no shards are given")
     seen = set()
@@ -39,7 +46,7 @@ def shard_name(shard: str) -> str:
 def _expand_one(path: str, what: str) -> list[str]:
     if path.startswith("@"):
         return _from_list(Path(path[1:]), what)
-    if is_remote(path):
+    if path.startswith(PIPE) or is_remote(path):
         return _braces(path, what)
     path = os.path.expanduser(path)
     if os.path.isdir(path):

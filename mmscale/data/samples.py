@@ -1,44 +1,30 @@
-"""One sample of a batch: pixels and token ids, or the reason why it cannot be used."""
+"""From a sample's encoded parts to pixels and token ids."""
 
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from mmscale.config import DataConfig, Paths
 from mmscale.data import images
 from mmscale.data.captions import SampleError
-from mmscale.data.order import Place
 from mmscale.data.paths import expand
 from mmscale.data.shards import RawSample, Shards
 from mmscale.data.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A slot of a batch that is masked, and why."""
-
-    position: int
-    shard: str
-    key: str
-    reason: str
-
-
 class SampleReader:
     """Samples ready for a batch, the same whoever reads them: what is drawn at random is keyed by (seed, position)."""
 
-    def __init__(self, shards: Shards, data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int):
-        self.shards = shards
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int):
         self._data = data
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._context_length = context_length
 
-    def train(self, place: Place, seed: int, position: int, out: np.ndarray) -> tuple[str, list[int]]:
-        """Writes the augmented picture to `out` [size, size, 3]; returns key and token ids. Raises SampleError."""
-        raw = self.shards.read(place.shard, place.sample)
+    def train(self, raw: RawSample, seed: int, position: int, out: np.ndarray) -> list[int]:
+        """Writes the augmented picture to `out` [size, size, 3]; returns the caption's ids. Raises SampleError."""
         draws = uniform_draws(seed, position)
         try:
             view = images.training_view(
@@ -54,17 +40,16 @@ class SampleReader:
             raise SampleError(str(error)) from None
         out[:] = view[:, ::-1] if self._data.flip and draws[10] < 0.5 else view
         texts = raw.captions[int(draws[11] * len(raw.captions))]
-        return raw.key, self._tokenizer.encode(texts[int(draws[12] * len(texts))], self._context_length)
+        return self._tokenizer.encode(texts[int(draws[12] * len(texts))], self._context_length)
 
-    def evaluate(self, shard: int, number: int, out: np.ndarray) -> tuple[RawSample, list[int]]:
-        """Writes the picture, as evaluation sees it, to `out`; returns the sample and its first caption's ids."""
-        raw = self.shards.read(shard, number, with_record=True)
+    def evaluate(self, raw: RawSample, out: np.ndarray) -> list[int]:
+        """Writes the picture, as evaluation sees it, to `out`; returns the first caption's ids. Raises SampleError."""
         try:
             pixels = images.decode(raw.image, self._data.max_pixels)
         except images.ImageError as error:
             raise SampleError(str(error)) from None
         out[:] = images.center_view(pixels, self._image_size)
-        return raw, self._tokenizer.encode(raw.captions[0][0], self._context_length)
+        return self._tokenizer.encode(raw.captions[0][0], self._context_length)
 
 
 def uniform_draws(seed: int, position: int) -> list[float]:

@@ -24,7 +24,7 @@ class RawSample:
     """A sample's encoded parts. `captions` holds the texts of each text field that the sample has."""
 
     key: str
-    image: bytes
+    image: bytes | memoryview
     captions: list[list[str]]
     record: dict
 
@@ -62,6 +62,7 @@ class Shards:
                     found = ", ".join(summary.kinds) or "none"
                     raise UserError(f"{path}: holds no images ({data.image_key}); kinds of members found: {found}")
                 count, size, digest = summary.num_samples, summary.tar_bytes, summary.digest
+                self._warned.add(len(self.paths))
             self.paths.append(path)
             self.counts.append(count)
             self.sizes.append(size)
@@ -74,7 +75,8 @@ class Shards:
 
     def read(self, shard: int, number: int, *, with_record: bool = False, with_image: bool = True) -> RawSample:
         """The encoded parts of a sample. Raises SampleError."""
-        members = self._members(shard, number)
+        index = self._index(shard)
+        members = self._members(index, shard, number)
         image_kind = next((kind for kind in self._image_kinds if kind in members), None)
         if with_image and image_kind is None:
             raise SampleError("the sample has no image")
@@ -83,19 +85,18 @@ class Shards:
             wanted.add(image_kind)
         if with_record and "json" in members:
             wanted.add("json")
-        key, parts = self._read_members(shard, number, {kind: members[kind] for kind in wanted})
-        record = json_object(parts["json"]) if "json" in parts else {}
-        return RawSample(key, parts.get(image_kind, b""), self._captions.read(parts, record), record)
-
-    def parts(self, shard: int, number: int) -> tuple[str, dict[str, bytes]]:
-        """(key, kind -> bytes) of all members of a sample. Raises SampleError."""
-        return self._read_members(shard, number, self._members(shard, number))
+        key, parts = self._read_members(index, shard, number, {kind: members[kind] for kind in wanted})
+        image = parts.pop(image_kind) if with_image else b""
+        texts = {kind: bytes(data) for kind, data in parts.items()}
+        record = json_object(texts["json"]) if "json" in texts else {}
+        return RawSample(key, image, self._captions.read(texts, record), record)
 
     def key(self, shard: int, number: int) -> str:
         """The key of a sample; "?" where its shard cannot be read."""
         try:
-            members = self._members(shard, number)
-            return self._read_members(shard, number, dict(list(members.items())[:1]))[0]
+            index = self._index(shard)
+            first = list(self._members(index, shard, number).items())[:1]
+            return self._read_members(index, shard, number, dict(first))[0]
         except SampleError:
             return "?"
 
@@ -142,15 +143,14 @@ class Shards:
         if index.summary.problems and self._on_damage == "skip":
             raise SampleError("the shard is damaged and left out (data.on_damaged_shard: skip)")
 
-    def _members(self, shard: int, number: int) -> dict[str, tuple[int, int]]:
-        index = self._index(shard)
+    def _members(self, index: ShardIndex, shard: int, number: int) -> dict[str, tuple[int, int]]:
         if number >= len(index):
             raise SampleError(f"the shard holds {len(index)} samples, fewer than counted ({self.counts[shard]})")
         return index.members(number)
 
     def _read_members(
-        self, shard: int, number: int, wanted: dict[str, tuple[int, int]]
-    ) -> tuple[str, dict[str, bytes]]:
+        self, index: ShardIndex, shard: int, number: int, wanted: dict[str, tuple[int, int]]
+    ) -> tuple[str, dict[str, memoryview]]:
         """(key, kind -> bytes). Each member is read together with the header before it, which must name the sample."""
         if not wanted:
             return self.key(shard, number), {}
@@ -159,20 +159,20 @@ class Shards:
         together = end - begin <= sum(size for _, size in wanted.values()) + MAX_GAP
         parts, keys = {}, set()
         try:
-            whole = self._store.read(self.paths[shard], begin, end - begin) if together else b""
+            whole = memoryview(self._store.read(self.paths[shard], begin, end - begin) if together else b"")
             for kind, (offset, size) in wanted.items():
                 if together:
                     member = whole[offset - BLOCK - begin : offset - begin + size]
                 else:
-                    member = self._store.read(self.paths[shard], offset - BLOCK, BLOCK + size)
+                    member = memoryview(self._store.read(self.paths[shard], offset - BLOCK, BLOCK + size))
                 if len(member) < BLOCK + size:
                     raise SampleError("the shard has become shorter since it was indexed")
                 parts[kind] = member[BLOCK:]
-                named = split_name(header_name(member[:BLOCK]))
+                named = split_name(header_name(bytes(member[:BLOCK])))
                 keys.add(named[0] if named else "")
         except OSError as error:
             raise SampleError(f"the shard cannot be read: {error}") from None
-        key = self._index(shard).summary.long_keys.get(number)
+        key = index.summary.long_keys.get(number)
         if key is None:
             key = keys.pop()
             if keys or not key:
