@@ -61,8 +61,7 @@ class _PairLoss(torch.autograd.Function):
             # Where nothing was valid there is nothing to normalise: 0 keeps exp(-inf - lse) at 0.
             column_lse = _finite(logsumexp_over_ranks(column_lse))
             row_lse = _finite(row_lse)
-            own_columns = column_lse[_own_rows(text)]
-            total = (row_lse + own_columns).masked_fill(~valid, 0.0).sum() / 2
+            total = (row_lse + column_lse[_own_rows(text)]).sum() / 2
         matching = torch.einsum("ij,ij->i", image, text) * scale_bias[0] + scale_bias[1]
         ctx.kind, ctx.tile = kind, tile
         ctx.save_for_backward(image, text, texts, scale_bias, valid, valid_texts, row_lse, column_lse)
