@@ -1,7 +1,7 @@
 """200 small corpora of captions, and what COCO's own scorers say of them.
 
-The figures in `tests/data/caption_reference.json` are made in an environment of their own, since the package brings 100 MB
-of Java that these scorers do not need:
+The figures in `tests/data/caption_reference.json` are made in an environment of their own, since the package brings
+100 MB of Java that these scorers do not need:
 
     python -m venv /tmp/coco && /tmp/coco/bin/pip install pycocoevalcap==1.2
     /tmp/coco/bin/python tests/caption_reference.py
