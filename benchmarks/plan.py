@@ -122,8 +122,8 @@ def table(result: dict) -> str:
         "# The plan beside measured runs",
         "",
         f"One rank with one thread, fp32, {env['cpu']}, torch {env['packages']['torch']}, commit {env['commit']}.",
-        "Memory is the process's peak above that of its imports; a step's time is the median, with its 10th and 90th percentile. "
-        "Load on the machine shows in the times, not in the memory.",
+        "Memory is the process's peak above that of its imports; a step's time is the median, with its 10th and 90th "
+        "percentile. Load on the machine shows in the times, not in the memory.",
         "",
         "| model | ZeRO | batch | memory, GiB | plan | off | step, s (p10-p90) | plan | off |",
         "|---|---|---|---|---|---|---|---|---|",
