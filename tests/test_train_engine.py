@@ -77,6 +77,19 @@ def test_half_precision_follows_the_fp32_curve_in_every_stage_and_resumes(toy, t
     assert [line["loss"] for line in metrics(moved)] == pytest.approx(rates, rel=0.02)
 
 
+def test_a_new_run_starts_from_the_weights_of_another_and_needs_them_only_once(toy, tmp_path):  # noqa: F811
+    first = config(toy, tmp_path / "first", steps=3)
+    run_ranks(1, train_here, first)
+    model = first.model.model_dump() | {"init_from": first.run.dir}
+    second = config(toy, tmp_path / "second", steps=1, model=model, optim={"lr": 1e-9})
+    run_ranks(1, train_here, second)
+    ours, theirs = weights(second), weights(first)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs if name.startswith("param/"))
+    assert ours["step/logit_scale.log_scale"] == 1
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    assert run_ranks(1, train_here, config(toy, tmp_path / "second", steps=2, model=model)) == [0]
+
+
 def test_a_check_runs_one_step_and_writes_nothing(toy, tmp_path):  # noqa: F811
     run = config(toy, tmp_path / "run")
     assert run_ranks(2, check_only, run) == [0, 0]

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ class JsonLines:
 
 # Keys of the sections that may not change whose change does not change the run.
 FREE = {
-    "data": {"workers", "val", "max_bad_fraction", "index_dir", "cache_dir", "train", "sources"},
-    "model": {"checkpoint", "compile", "init_from"},
-    "run": set(),
+    "data": {
+        *("train", "sources", "val", "counts", "workers", "max_bad_fraction", "slow_sample_s", "allow_change"),
+        *("allow_pipe", "index_dir", "cache_dir", "cache_gib"),
+    },
+    "model": {"checkpoint", "compile", "init_from", "vision.init_from"},
 }
 
 
@@ -154,14 +157,16 @@ def compare_configs(before: dict[str, Any], now: Config) -> list[str]:
     Raises UserError for one that may not: the model, the tokenizer, the seed and the data are what the run is. Shards
     and tokenizer may have moved; whether they are the same is seen from their fingerprints.
     """
+    with suppress(ValueError):  # settings that are newer than the checkpoint stood at their defaults then
+        before = type(now).model_validate(before).model_dump(mode="json")
     old, new = flatten(before), flatten(now.model_dump(mode="json"))
     changes = []
     for key in sorted(old.keys() | new.keys()):
         was, value = old.get(key), new.get(key)
-        if was == value or key == "run.dir" or (key not in old and value is None):
+        if was == value or key == "run.dir":
             continue
         section, _, rest = key.partition(".")
-        fixed = key == "run.seed" or (section in ("data", "model") and rest.split(".")[0] not in FREE[section])
+        fixed = key == "run.seed" or (section in ("data", "model") and rest not in FREE[section])
         if fixed:
             raise UserError(
                 f"{key}: {was} in the checkpoint, {value} now; it cannot change within a run. Set it back, or start a "

@@ -3,14 +3,18 @@
 import base64
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image
 
+from mmscale.checkpoint import FOLDER, committed
 from mmscale.config import Config
 from mmscale.data.loader import EvalSet, TrainStream
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
+from mmscale.export.clip_vision import with_trunk_settings
+from mmscale.export.initial import take_initial_weights
 from mmscale.model.flops import training_flops
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model, build_model_config
@@ -29,7 +33,7 @@ def build_pretraining(config: Config, processes: Processes) -> Task:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     try:
         sizes = build_model_config(
-            config.model,
+            with_trunk_settings(config.model),
             tokenizer.vocab_size,
             tokenizer.pad_id,
             tokenizer.start_id,
@@ -51,8 +55,10 @@ def build_pretraining(config: Config, processes: Processes) -> Task:
     )
     torch.manual_seed(config.run.seed)
     model = build_model(sizes, config.model.checkpoint, config.model.compile)
-    if config.model.init_from is not None:
-        _take_weights(model, config.model.init_from)
+    if not committed(Path(config.run.dir) / FOLDER):  # a run that goes on takes its weights from there
+        notes = take_initial_weights(model, config.model)
+        if processes.is_main:
+            print("".join(f"{note}\n" for note in notes), end="", flush=True)
     freeze(model, config.train.freeze)
     objective = PretrainingObjective(model, config.objective, config.run.seed)
     losses = {"contrastive": config.objective.contrastive_weight > 0, "caption": config.objective.caption_weight > 0}
@@ -64,18 +70,6 @@ def build_pretraining(config: Config, processes: Processes) -> Task:
         flops_per_sample=lambda text_length: training_flops(sizes, text_length, **losses),
         evaluate=_evaluation(config, model, tokenizer, processes),
     )
-
-
-def _take_weights(model: MMScaleModel, source: str) -> None:
-    from mmscale.pretrained import load_pretrained
-
-    theirs = load_pretrained(source).model.state_dict()
-    ours = model.state_dict()
-    for name, tensor in ours.items():
-        if name not in theirs or theirs[name].shape != tensor.shape:
-            found = list(theirs[name].shape) if name in theirs else "nothing"
-            raise UserError(f"model.init_from: {source} holds {found} for `{name}`, this model {list(tensor.shape)}")
-    model.load_state_dict(theirs)
 
 
 def _evaluation(
