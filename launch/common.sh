@@ -14,10 +14,10 @@ command -v mmscale >/dev/null || fail "mmscale is not installed: make the enviro
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 # training_environment RANKS_ON_THIS_MACHINE: the one place where the environment of training is set. What is set
-# already is kept. Variables named in MMSCALE_EXPORTS travel to other machines with the launchers that need it.
+# already is kept. Variables named in MMSCALE_EXPORTS travel to other machines with the launchers that need it; keys and
+# passwords do not, since they would show in process lists: leave them in ~/.netrc or ~/.aws of each machine.
 MMSCALE_EXPORTS="OMP_NUM_THREADS DS_ACCELERATOR TOKENIZERS_PARALLELISM TORCH_NCCL_ASYNC_ERROR_HANDLING NCCL_DEBUG
-    NCCL_SOCKET_IFNAME NCCL_IB_HCA GLOO_SOCKET_IFNAME PYTORCH_CUDA_ALLOC_CONF WANDB_API_KEY HF_TOKEN MMSCALE_VENV
-    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
+    NCCL_SOCKET_IFNAME NCCL_IB_HCA GLOO_SOCKET_IFNAME PYTORCH_CUDA_ALLOC_CONF THP_MEM_ALLOC_ENABLE MMSCALE_VENV"
 training_environment() {
     local ranks=$1
     # Each rank computes with its share of the cores. Without this PyTorch starts one thread a core in every rank.
