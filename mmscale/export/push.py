@@ -8,13 +8,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from mmscale.errors import UserError
 from mmscale.model.configuration_mmscale import MMScaleConfig
+
+# The Hub's error is made from that of the HTTP library beneath it, whichever it is: its bases hold lost connections too.
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
 
 
 def push_folder(
@@ -65,7 +67,7 @@ def push_folder(
         )
     except LocalTokenNotFoundError:
         raise UserError("--push: you are not logged in; run `hf auth login`, or set HF_TOKEN") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+    except NETWORK_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--push: the upload to {address} failed: {reason}. The same command goes on where it stopped; "
