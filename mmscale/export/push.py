@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from mmscale.errors import UserError
 from mmscale.model.configuration_mmscale import MMScaleConfig
 
-# The Hub's error is made from that of the HTTP library beneath it, whichever it is: its bases hold lost connections too.
+# The Hub's error is made from that of the HTTP library beneath it: its bases hold lost connections too.
 NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
 
 
