@@ -24,6 +24,8 @@ class Gpu:
     per_machine: int
     price: float | None  # per hour, as clouds asked for it in 2025; --price overrides
     efficiency: float = EFFICIENCY
+    step_copies: float = 1.0  # of the second moments, which PyTorch's AdamW makes while it updates
+    step_copies_unsharded: float = 1.0  # the same where the parameters are not one flat tensor
 
 
 # From the makers' data sheets.
@@ -55,12 +57,12 @@ def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
     try:
         a, b = torch.randn(512, 768), torch.randn(768, 768)
         flops = 2 * 512 * 768**2 / _best(lambda: a @ b, seconds)
-        source, target = torch.empty(2**24), torch.empty(2**24)
+        source, target = torch.ones(2**24), torch.ones(2**24)  # touched: untouched pages would all be one
         copied = 2 * 4 * 2**24 / _best(lambda: target.copy_(source), seconds)
     finally:
         torch.set_num_threads(before)
     # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
-    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0)
+    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0, step_copies=2.0, step_copies_unsharded=0.0)
 
 
 def _best(work: Callable[[], object], seconds: float) -> float:

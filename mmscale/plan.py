@@ -9,8 +9,11 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     optimizer    8 P     Adam's two moments, and 4 P of DeepSpeed's own fp32 copy,         stages 1, 2, 3: / N
                          which only stage 0 with fp32 parameters does without
     buffers      what DeepSpeed collects gradients in: at most `reduce_bucket_size` elements (default 5e8)
+    step         PyTorch's AdamW keeps square roots of the second moments while it updates: 4 P   stages 1-3: / N
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
     logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
+
+Activations are gone when the update comes, so that the larger of activations with logits and of `step` counts.
 
 Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
 since it moves each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication,
@@ -61,10 +64,12 @@ class Memory:
     buffers: float
     activations: float
     logits: float
+    step: float
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        states = self.weights + self.gradients + self.optimizer + self.buffers
+        return states + max(self.activations + self.logits, self.step)
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,7 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     gradient = 4 if train.grad_dtype == "fp32" or not half else 2
     shard = {level: ranks if stage >= level else 1 for level in (1, 2, 3)}
     master = 0 if stage == 0 and not half else 4
-    bucket = 5e8 if stage else 0
-    bucket = setup.config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", bucket)
+    bucket = setup.config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
     logits = 0.0
     if setup.model.decoder_config.layers:
         rows = min(micro_batch * (setup.text_tokens - 1), (1 << 24) / setup.model.vocab_size)
@@ -201,6 +205,7 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
         buffers=min(bucket, total) * gradient,
         activations=micro_batch * saved_bytes(setup, checkpointing),
         logits=logits,
+        step=4 * (setup.gpu.step_copies if stage else setup.gpu.step_copies_unsharded) * total / shard[1],
     )
 
 
