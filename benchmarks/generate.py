@@ -33,7 +33,8 @@ def measure(report: Report, size: str, rounds: int) -> None:
     torch.manual_seed(0)
     model = MMScaleModel(build_model_config(SIZES[size], VOCABULARY)).eval()
     pictures = torch.randn(BATCH, 3, 224, 224)
-    kwargs = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+    # An end mark that is no token, so that every caption is as long as in the loop of the peer.
+    kwargs = {"do_sample": False, "max_new_tokens": TOKENS, "eos_token_id": VOCABULARY}
     tokens = model.encode_image(pictures)[1]
     cases: dict[str, Callable[[], torch.Tensor]] = {
         "decoding: mmscale": lambda: model.generate(image_tokens=tokens, **kwargs),

@@ -119,6 +119,18 @@ def test_captions_end_at_the_end_mark_or_with_the_context(model, pictures):
     assert row.index(first) <= 3 and set(row[row.index(first) + 1 :]) <= {0, end}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_short_captions_without_keys_and_values_are_the_same(model, pictures, way, monkeypatch):
+    made = []
+    for few in (False, True):
+        monkeypatch.setattr("mmscale.model.generation.few_queries", lambda *_, few=few: few)
+        monkeypatch.setattr("mmscale.model.layers.few_queries", lambda *_, few=few: few)
+        made.append(write(model, pictures, **WAYS[way]))
+    assert torch.equal(made[0].sequences, made[1].sequences)
+    for ours, expected in zip(made[1].logits, made[0].logits, strict=True):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_picture_tokens_may_be_encoded_before(model, pictures):
     with torch.no_grad():
         _, image_tokens = model.encode_image(pictures)

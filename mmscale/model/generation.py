@@ -1,7 +1,7 @@
 """Writing captions through Transformers' `generate`.
 
-One cache spans the text tower and the decoder. Pictures are encoded once, their keys and values are computed once, and
-both are kept outside the tensors that beam search repeats: the beams of a picture share them.
+One cache spans the text tower and the decoder. Pictures are encoded once, their keys and values are computed once (or
+never, where that is cheaper), and kept outside the tensors that beam search repeats: the beams of a picture share them.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from .layers import few_queries
+
 
 @dataclass
 class Pictures:
-    """What decoding needs of the pictures: for every decoder layer, keys and values [pictures, heads, tokens, size]."""
+    """What decoding needs of the pictures, one of two.
 
-    keys_values: list[tuple[Tensor, Tensor]]
+    Attributes:
+        keys_values: for every decoder layer, keys and values [pictures, heads, tokens, size]: for many steps or beams.
+        context: standardised picture tokens [pictures, tokens, embed_dim]: a short caption needs no keys and values.
+    """
 
-    @property
-    def count(self) -> int:
-        return self.keys_values[0][0].shape[0]
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
+    context: Tensor | None = None
 
 
 class CaptionGenerationMixin:
@@ -51,11 +55,11 @@ class CaptionGenerationMixin:
         with torch.no_grad():
             if image_tokens is None:
                 _, image_tokens = self.vision(pixel_values, embed=False)
-            pictures = Pictures(self._require_decoder().keys_values(image_tokens))
+            self._require_decoder()
         if input_ids is None:
             input_ids = torch.full((1, 1), self.config.bos_token_id, device=image_tokens.device)
         if input_ids.shape[0] == 1:
-            input_ids = input_ids.expand(pictures.count, -1)
+            input_ids = input_ids.expand(len(image_tokens), -1)
         context = self.config.text_config.context_length
         config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("max_new_tokens") is None and config.max_new_tokens is None:
@@ -67,7 +71,16 @@ class CaptionGenerationMixin:
             )
         if kwargs.get("use_cache", config.use_cache) is not False:
             kwargs.setdefault("past_key_values", DynamicCache())
+        longest = kwargs.get("max_length") or (kwargs.get("max_new_tokens") or config.max_new_tokens)
+        pictures = self._prepare_pictures(image_tokens, longest * (kwargs.get("num_beams") or config.num_beams or 1))
         return super().generate(input_ids, pictures=pictures, **kwargs)
+
+    @torch.no_grad()
+    def _prepare_pictures(self, image_tokens: Tensor, queries: int) -> Pictures:
+        decoder, width = self._require_decoder(), self.config.text_config.width
+        if few_queries(queries, *image_tokens.shape[1:2], width, self.config.embed_dim, decoder.config.heads):
+            return Pictures(context=decoder.standardise(image_tokens))
+        return Pictures(keys_values=decoder.keys_values(image_tokens))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs
@@ -106,6 +119,6 @@ class CaptionGenerationMixin:
             mask = (causal & attention_mask.bool()[:, None, None, :]) | itself
         _, states = self.text(input_ids, positions=positions, mask=mask, past_key_values=past_key_values)
         hidden = self._require_decoder()(
-            states, None, keys_values=pictures.keys_values, mask=mask, past_key_values=past_key_values
+            states, None, pictures.keys_values, pictures.context, mask=mask, past_key_values=past_key_values
         )
         return self.decoder.head(hidden[:, -logits_to_keep:])

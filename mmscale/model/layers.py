@@ -230,17 +230,16 @@ class CrossAttention(nn.Module):
         self, query: Tensor, context: Tensor | None, key_value: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.config._attn_implementation
+        shape, pictures = query.shape, len(context if key_value is None else key_value[0])
+        # Attention to a picture has no order, so the beams of a picture are more queries to the same keys.
+        query = query.reshape(pictures, -1, query.shape[-1])
         if key_value is None:
             few = few_queries(query.shape[1], context.shape[1], query.shape[2], context.shape[2], self.heads)
             if few and implementation != "eager":
-                return self.key_value(context, query), None
+                return self.key_value(context, query).reshape(shape), None
             key_value = self.key_value(context)
-        key, value = key_value
-        batch, pictures = query.shape[0], key.shape[0]
-        # Attention to a picture has no order, so the beams of a picture are more queries to the same keys.
-        query = split_heads(query.reshape(pictures, -1, query.shape[-1]), self.heads)
-        mixed, weights = attend(query, key, value, None, False, implementation)
-        return mixed.reshape(batch, -1, mixed.shape[-1]), weights
+        mixed, weights = attend(split_heads(query, self.heads), *key_value, None, False, implementation)
+        return mixed.reshape(shape), weights
 
     def reset_parameters(self):
         width = self.out.in_features

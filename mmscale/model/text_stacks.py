@@ -120,10 +120,11 @@ class Decoder(nn.Module):
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's keys and values of a picture, for decoding many steps."""
-        context = self._standardise(image_tokens)
+        context = self.standardise(image_tokens)
         return [block.attention.key_value(context) for block in self.cross_blocks]
 
-    def _standardise(self, image_tokens: Tensor) -> Tensor:
+    def standardise(self, image_tokens: Tensor) -> Tensor:
+        """What all layers' norms of the picture tokens have in common."""
         return F.layer_norm(image_tokens, image_tokens.shape[-1:], eps=self.config.layer_norm_eps)
 
     def forward(
@@ -131,6 +132,7 @@ class Decoder(nn.Module):
         text_tokens: Tensor,
         image_tokens: Tensor | None,
         keys_values: list[tuple[Tensor, Tensor]] | None = None,
+        context: Tensor | None = None,
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         packing: Packing | None = None,
@@ -138,11 +140,14 @@ class Decoder(nn.Module):
         """[batch, length, width] to the same; `decoder.head` makes logits of it.
 
         Args:
-            image_tokens: [pictures, picture tokens, embed_dim]; or None and `keys_values` made of them before.
+            image_tokens: [pictures, picture tokens, embed_dim]; or None, and of them made before:
+            keys_values: by the method of that name; or
+            context: by `standardise`.
             packing: the tokens that are wanted; the result is then packed, [tokens, width].
         """
         x = text_tokens if packing is None else packing.pack(text_tokens)
-        context = self._standardise(image_tokens) if keys_values is None else None
+        if keys_values is None and context is None:
+            context = self.standardise(image_tokens)
         for layer, (block, cross_block) in enumerate(zip(self.blocks, self.cross_blocks, strict=True)):
             x = block(x, mask, mask is None, past_key_values, packing)
             x = cross_block(x, context, keys_values[layer] if keys_values is not None else None, packing)
