@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mmscale.config import Config, all_keys, load_config
 from mmscale.errors import UserError
+from mmscale.model.presets import build_model, build_model_config
 
 MINIMAL = {"run": {"dir": "runs/x"}, "train": {"samples": 1000, "global_batch": 8}}
 CONFIGS = sorted(Path(__file__).parent.parent.glob("configs/*.yaml"))
@@ -99,4 +101,15 @@ def test_every_config_opens_with_its_purpose_hardware_command_and_result(path):
     assert head.startswith("#")
     for word in ("Hardware:", "Command:", "Expect:"):
         assert word in head
-    load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_its_model_and_divides_its_batch(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build_model(build_model_config(config.model, 32_000), config.model.checkpoint)
+    parts = dict(model.named_children())
+    assert set(config.train.freeze) <= set(parts)
+    assert sum(p.numel() for p in model.parameters()) > 1_000_000
+    share = config.train.micro_batch or 1
+    assert config.train.global_batch % share == 0
