@@ -46,6 +46,8 @@ def test_the_order_of_version_1_stays_as_it_is():
     assert order.order_version == 1
     places = [(place.shard, place.sample) for place in read(order, range(8))]
     assert places == [(1, 3), (2, 0), (2, 15), (0, 0), (1, 1), (1, 19), (2, 14), (0, 1)]
+    later = [(place.shard, place.sample) for place in read(order, range(40, 46))]
+    assert later == [(1, 12), (2, 6), (2, 22), (0, 7), (1, 9), (2, 8)]
 
 
 @pytest.mark.parametrize(("block", "lanes"), [(1000, 64), (1000, 48), (1000, 7), (12, 8), (10, 16), (6, 1), (9, 27)])
