@@ -114,7 +114,8 @@ class Report:
             table.add_row(f"{row['case']} [dim]{facts}[/dim]", *figures, row["unit"], str(row["n"]))
         Console().print(table)
         if output:
-            content = {"benchmark": self.benchmark, "command": " ".join(sys.argv), "environment": environment()}
+            command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+            content = {"benchmark": self.benchmark, "command": " ".join(command), "environment": environment()}
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text(json.dumps(content | {"results": self.results}, indent=1) + "\n")
 
