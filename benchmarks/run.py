@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = re.sub(r"[^A-Za-z0-9]+", "-", here["gpus"][0] if here["gpus"] else f"{here['cpu']} {here['cores']} cores")
     path = RESULTS / f"{here['date'][:10]}_{machine.strip('-')}_{here['commit'] or 'nocommit'}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"environment": here, "command": "python -m benchmarks.run" + " --quick" * args.quick}
+    content = {"environment": here, "command": " ".join(["python -m benchmarks.run", *(argv or sys.argv[1:])])}
     path.write_text(json.dumps(content | {"failed": failed, "benchmarks": reports}, indent=1) + "\n")
     print(f"{path}\n{render(path)}")
     return 1 if failed else 0
