@@ -138,8 +138,8 @@ def table(result: dict) -> str:
         )
     lines += [
         "",
-        "Published runs, samples per second and GPU. These were bound by their input pipelines and by padding to 76 "
-        "tokens rather than by the GPU, which the plan does not imitate: it is an upper bound for them.",
+        "Published runs, samples per second and GPU. The plan lies far above them. Slower input pipelines and "
+        "padding to 76 tokens may be why; that has not been checked.",
         "",
         "| run | published | plan |",
         "|---|---|---|",
