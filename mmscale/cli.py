@@ -130,6 +130,27 @@ def _add_train(verbs) -> None:
     parser.add_argument("--check", action="store_true", help="build everything, run one step, write nothing")
 
 
+def _add_adapt(verbs) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from mmscale.adapt.config import AdaptConfig
+        from mmscale.config import load_config
+
+        config = load_config(args.config, args.overrides, AdaptConfig)
+        from mmscale.adapt.command import adapt
+
+        return adapt(config)
+
+    parser = _verb(
+        verbs,
+        "adapt",
+        run,
+        "tune a pretrained model for a task of your own, or make the most of several",
+        "mmscale adapt configs/adapt/heads.yaml model.init_from=runs/toy",
+    )
+    parser.add_argument("config", help="YAML file; configs/adapt holds one of each kind")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+
+
 def _add_eval(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.evaluate.command import evaluate_command
@@ -459,6 +480,7 @@ _VERBS = [
     _add_index,
     _add_inspect,
     _add_train,
+    _add_adapt,
     _add_eval,
     _add_caption,
     _add_search,

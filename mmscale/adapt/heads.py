@@ -1,0 +1,1 @@
+"""Task heads (in the making)."""
