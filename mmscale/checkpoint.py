@@ -35,6 +35,7 @@ from mmscale.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 TOKENIZER = "tokenizer.model"
 FOLDER = "checkpoints"
 
@@ -219,8 +220,9 @@ def committed(checkpoints: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path, *, warn: Callable[[str], None] = lambda message: None) -> Path:
-    """The newest whole checkpoint of a run folder, or the checkpoint folder itself when `path` is one.
+    """The checkpoint of a run folder to use, or the checkpoint folder itself when `path` is one.
 
+    That is the one that the run chose as its best, where it chooses, else the newest whole one.
     A damaged one is named to `warn` and the one before it is taken. Raises UserError when `path` itself is a damaged
     checkpoint, or when there is no whole one.
     """
@@ -230,7 +232,7 @@ def find_checkpoint(path: str | Path, *, warn: Callable[[str], None] = lambda me
             raise UserError(f"{path}: damaged checkpoint: {damage}")
         return path
     checkpoints = path / FOLDER if (path / FOLDER).is_dir() else path
-    for folder in reversed(committed(checkpoints)):
+    for folder in _by_preference(checkpoints):
         damage = find_damage(folder)
         if damage is None:
             return folder
@@ -240,6 +242,15 @@ def find_checkpoint(path: str | Path, *, warn: Callable[[str], None] = lambda me
     if path.name.startswith("step_"):
         raise UserError(f"{path}: an unfinished checkpoint, without {MANIFEST}")
     raise UserError(f"{path}: holds no whole checkpoint (looked for {checkpoints}/step_*/{MANIFEST})")
+
+
+def _by_preference(checkpoints: Path) -> list[Path]:
+    folders = committed(checkpoints)[::-1]
+    try:
+        best = (checkpoints / BEST).read_text().strip()
+    except OSError:
+        return folders
+    return sorted(folders, key=lambda folder: folder.name != best)
 
 
 def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -279,14 +290,17 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def remove_old(checkpoints: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+def remove_old(checkpoints: Path, keep_last: int, keep_every: int | None = None, best: int | None = None) -> list[Path]:
     """Removes what the keep policy does not cover, and returns it; call it after a commit, so that one whole remains.
 
-    The newest `keep_last` stay, and of the older ones the first at or past each multiple of `keep_every` samples.
+    The newest `keep_last` stay, and of the older ones that of step `best` and the first at or past each multiple of
+    `keep_every` samples.
     Leftovers of saves that were never committed go too, unless they are newer than the newest checkpoint.
     """
     whole = committed(checkpoints)
     keep = set(whole[-max(1, keep_last) :])
+    if best is not None:
+        keep.add(checkpoints / folder_name(best))
     if keep_every is not None:
         marks = set()
         for folder in whole:
@@ -375,13 +389,6 @@ class Checkpoint:
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         assert flat.numel() == stop - start
         return flat.reshape(shape) if whole else flat
-
-    def load_model_tensors(self, *, ema: bool = False) -> dict[str, Tensor]:
-        """All parameters and buffers by name, fp32; with `ema`, averaged weights where the run kept them."""
-        tensors = {}
-        for name in self.names("param"):
-            tensors[name] = self.read(name, "ema" if ema and self.has(name, "ema") else "param")
-        return tensors | {name: self.read(name, "buffer") for name in self.names("buffer")}
 
     def _entry(self, name: str, kind: str) -> dict[str, Any]:
         try:

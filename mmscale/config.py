@@ -127,6 +127,30 @@ class DecoderSizes(Section):
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
 
 
+class HeadConfig(Section):
+    """A task head of the model; `mmscale adapt` fills in what it found in the data."""
+
+    kind: Literal["classification", "multilabel", "regression", "matching"]
+    fusion: Literal["image", "text", "concat", "gated", "cross_attention"] = "image"
+    hidden: NonNegativeInt = Field(0, description="width of a hidden layer; 0 for a linear head")
+    labels: list[str] = Field([], description="the classes, in the order of the scores")
+    mean: float = Field(0.0, description="of the numbers that are predicted: a score of 0")
+    std: Annotated[float, Field(gt=0)] = Field(1.0, description="of these numbers: a score of 1")
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels) if self.kind in ("classification", "multilabel") else 1
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) on the linear layers of these names."""
+
+    rank: PositiveInt = 4
+    alpha: Annotated[float, Field(gt=0)] = Field(8.0, description="the adapters' product is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] = ["qkv", "out", "query", "key_value"]
+
+
 class ModelConfig(Section):
     """The model: a preset, any size over it, and how it is computed."""
 
@@ -140,6 +164,8 @@ class ModelConfig(Section):
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     checkpoint: str = Field("none", description="activation checkpointing: none, full, or every_N")
     compile: bool = False
+    heads: dict[str, HeadConfig] = Field({}, description="task heads by name; made by `mmscale adapt`")
+    lora: LoraConfig | None = None
 
 
 class ObjectiveConfig(Section):

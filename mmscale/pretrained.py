@@ -19,6 +19,7 @@ from mmscale.errors import UserError
 from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model_config
+from mmscale.weights import ModelWeights
 
 EXPORTED_TOKENIZER = "tokenizer.model"  # the SentencePiece file, beside the fast tokenizer made from it
 
@@ -129,7 +130,7 @@ def _load_checkpoint(path: Path, tokenizer_path: Path | None, ema: bool) -> Pret
     model = MMScaleModel(checkpoint_model_config(checkpoint, tokenizer))
     if ema and not checkpoint.names("ema"):
         raise UserError(f"{checkpoint.path}: holds no averaged weights; leave out the option for them")
-    _fill(model, checkpoint.load_model_tensors(ema=ema), checkpoint.path)
+    _fill(model, ModelWeights(checkpoint, ema).load(), checkpoint.path)
     return Pretrained(model, tokenizer, checkpoint.path, run_config(checkpoint), checkpoint.step, checkpoint.samples)
 
 

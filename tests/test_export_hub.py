@@ -201,13 +201,13 @@ def test_only_the_code_that_the_model_needs_travels():
 
 
 def test_weights_of_another_version_are_refused_with_one_line(run, monkeypatch):
-    read = Checkpoint.load_model_tensors
+    read = ModelWeights.load
 
     def renamed(self, **options):
         tensors = read(self, **options)
         return tensors | {"text.old_name": tensors.pop("text.projection.weight")}
 
-    monkeypatch.setattr(Checkpoint, "load_model_tensors", renamed)
+    monkeypatch.setattr(ModelWeights, "load", renamed)
     with pytest.raises(UserError, match=r"`text\.\w+`.* load it with the version of mmscale that wrote it"):
         load_pretrained(run, device="cpu")
 

@@ -69,6 +69,13 @@ class EvalBatch(Batch):
 
 
 @dataclass
+class LabelledBatch(EvalBatch):
+    """An EvalBatch of a training stream; `sources` says from which of `data.sources` each row comes."""
+
+    sources: list[int]
+
+
+@dataclass
 class Row:
     """What a row holds beside its pixels. No ids: the slot is masked, for `reason` unless it only fills up."""
 
@@ -78,6 +85,7 @@ class Row:
     reason: str | None = None
     record: dict = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
+    source: int = 0
 
 
 ReadRow = Callable[[Any, int, np.ndarray], Row]
@@ -107,6 +115,10 @@ class BatchBuilder:
     def eval_batch(self, pad_id: int, context_length: int) -> EvalBatch:
         records, captions = [row.record for row in self._rows], [row.captions for row in self._rows]
         return EvalBatch(**self._parts(pad_id, context_length), records=records, captions=captions)
+
+    def labelled_batch(self, pad_id: int, context_length: int) -> LabelledBatch:
+        batch = self.eval_batch(pad_id, context_length)
+        return LabelledBatch(**vars(batch), sources=[row.source for row in self._rows])
 
     def _fill(self, start: int, stop: int) -> None:
         for number in range(start, stop):

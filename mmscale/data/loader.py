@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from mmscale.config import DataConfig, Paths
-from mmscale.data.batches import BadSample, Batch, BatchBuilder, EvalBatch, Plan, Row, Workers
+from mmscale.data.batches import BadSample, Batch, BatchBuilder, EvalBatch, LabelledBatch, Plan, Row, Workers
 from mmscale.data.captions import SampleError
 from mmscale.data.order import ORDER_VERSION, Place
 from mmscale.data.paths import expand
-from mmscale.data.samples import SampleReader
-from mmscale.data.shards import RawSample, Shards
+from mmscale.data.samples import SampleReader, all_captions
+from mmscale.data.shards import Shards
 from mmscale.data.sources import IndexedSource, Source
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 
-__all__ = ["BadSample", "Batch", "EvalBatch", "EvalSet", "TrainStream"]
+__all__ = ["BadSample", "Batch", "EvalBatch", "EvalSet", "LabelledBatch", "TrainStream"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class TrainStream:
     """The endless stream of one rank's training batches; its whole state is the number of samples consumed.
 
     Global batch k holds the positions [k * global_batch, (k + 1) * global_batch); rank r of W takes every W-th of them,
-    from the r-th on, cut into consecutive micro-batches.
+    from the r-th on, cut into consecutive micro-batches. `labelled` batches carry each sample's JSON and captions.
     """
 
     def __init__(
@@ -43,17 +43,18 @@ class TrainStream:
         micro_batch: int,
         rank: int,
         world_size: int,
+        labelled: bool = False,
     ):
         if global_batch % world_size or global_batch // world_size % micro_batch:
             raise UserError(
                 f"train.global_batch ({global_batch}) does not divide into {world_size} ranks "
                 f"of whole micro-batches of {micro_batch}"
             )
-        self._source: Source = _open_source(data, tokenizer, image_size, context_length, seed, rank)
+        self._source: Source = _open_source(data, tokenizer, image_size, context_length, seed, rank, labelled)
         self._pad_id, self._image_size, self._context_length = tokenizer.pad_id, image_size, context_length
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._workers = Workers(data.workers)
+        self._labelled, self._workers = labelled, Workers(data.workers)
         self._slow_sample_s, self._allow_change = data.slow_sample_s, data.allow_change
         self.num_samples = self._source.num_samples
         self.fingerprint = self._source.fingerprint
@@ -106,7 +107,8 @@ class TrainStream:
             if (positions := rows[start : start + self._micro_batch])
         ]
         tasks = [task for builder in builders for task in builder.tasks()]
-        return Plan(tasks, lambda: [builder.batch(self._pad_id, self._context_length) for builder in builders])
+        finish = BatchBuilder.labelled_batch if self._labelled else BatchBuilder.batch
+        return Plan(tasks, lambda: [finish(builder, self._pad_id, self._context_length) for builder in builders])
 
 
 class EvalSet:
@@ -170,21 +172,16 @@ class EvalSet:
             ids = self._reader.evaluate(raw, out)
         except SampleError as error:
             return Row(name, self._shards.key(place.shard, place.sample), reason=str(error))
-        return Row(name, raw.key, ids, record=raw.record, captions=_all_captions(raw))
+        return Row(name, raw.key, ids, record=raw.record, captions=all_captions(raw))
 
 
 def _open_source(
-    data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int, seed: int, rank: int
+    data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int, seed: int, rank: int, labelled: bool
 ) -> Source:
     if data.mode == "index":
-        return IndexedSource(data, tokenizer, image_size, context_length, seed)
+        return IndexedSource(data, tokenizer, image_size, context_length, seed, labelled)
+    if labelled:
+        raise UserError("data.mode: stream gives pictures and captions only, no labels; take index")
     from mmscale.data.endless import EndlessSource
 
     return EndlessSource(data, tokenizer, image_size, context_length, seed, rank)
-
-
-def _all_captions(sample: RawSample) -> list[str]:
-    texts = sample.record.get("captions")
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        return texts
-    return [text for texts in sample.captions for text in texts]

@@ -52,6 +52,14 @@ class SampleReader:
         return self._tokenizer.encode(raw.captions[0][0], self._context_length)
 
 
+def all_captions(sample: RawSample) -> list[str]:
+    """Every caption of a sample: the `captions` of its JSON, where it has such a list, else the text fields'."""
+    texts = sample.record.get("captions")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return texts
+    return [text for texts in sample.captions for text in texts]
+
+
 def uniform_draws(seed: int, position: int) -> list[float]:
     """Sixteen uniform numbers in [0, 1) that belong to a position of a run, from BLAKE2b."""
     digest = hashlib.blake2b(struct.pack("<QQ", seed, position), digest_size=64).digest()

@@ -13,7 +13,7 @@ from mmscale.data.captions import SampleError
 from mmscale.data.order import MixtureOrder, Place, StreamOrder
 from mmscale.data.paths import expand, is_remote
 from mmscale.data.prefetch import Prefetch
-from mmscale.data.samples import SampleReader
+from mmscale.data.samples import SampleReader, all_captions
 from mmscale.data.shards import Shards
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
@@ -45,7 +45,15 @@ class Source(Protocol):
 class IndexedSource:
     """Indexed shards, of one data set or several: the row at a position is a function of (seed, position)."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, image_size: int, context_length: int, seed: int):
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        image_size: int,
+        context_length: int,
+        seed: int,
+        labelled: bool = False,
+    ):
         groups, weights = train_shards(data)
         shards = Shards([path for group in groups for path in group], data)
         count_of = dict(zip(shards.paths, shards.counts, strict=True))
@@ -58,7 +66,8 @@ class IndexedSource:
         if any(is_remote(path) for path in shards.paths):
             _check_cache(data, shards)
             self._prefetch = Prefetch(shards.enter)
-        self._shards, self._seed = shards, seed
+        self._shards, self._seed, self._labelled = shards, seed, labelled
+        self._source_of = [number for number, group in enumerate(counts) for _ in group]
         self._reader = SampleReader(data, tokenizer, image_size, context_length)
         self._in_play = data.lanes * data.block
         self.num_samples = self._order.num_samples
@@ -81,10 +90,14 @@ class IndexedSource:
     def read(self, place: Place, position: int, out: np.ndarray) -> Row:
         name = self._shards.names[place.shard]
         try:
-            raw = self._shards.read(place.shard, place.sample)
-            return Row(name, raw.key, self._reader.train(raw, self._seed, position, out))
+            raw = self._shards.read(place.shard, place.sample, with_record=self._labelled)
+            ids = self._reader.train(raw, self._seed, position, out)
         except SampleError as error:
             return Row(name, self._shards.key(place.shard, place.sample), reason=str(error))
+        if not self._labelled:
+            return Row(name, raw.key, ids)
+        source = self._source_of[place.shard]
+        return Row(name, raw.key, ids, record=raw.record, captions=all_captions(raw), source=source)
 
     def difference(self, summary: dict) -> str:
         now = self.summary

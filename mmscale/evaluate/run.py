@@ -72,7 +72,7 @@ def run_evaluation(
     running = {name: TASKS[name](model, tokenizer, config) for name in names}
     device = model_device(model)
     num_samples = torch.zeros((), dtype=torch.long, device=device)
-    with _evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
+    with evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for batch in eval_set:
             num_samples += int(batch.valid.sum())
             pixel_values = batch.pixel_values.to(device, non_blocking=True)
@@ -91,7 +91,7 @@ def run_evaluation(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; the mode of before comes back afterwards."""
     training = model.training
     model.eval()

@@ -28,6 +28,7 @@ from mmscale.export.table import Row, linear, resize_positions, row, to_ours, to
 from mmscale.model.configuration_mmscale import MMScaleConfig, MMScaleVisionConfig
 from mmscale.model.vision_tower import VisionTower
 from mmscale.pretrained import checkpoint_model_config
+from mmscale.weights import ModelWeights
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -162,7 +163,7 @@ def export_clip_vision(
     """
     source = Checkpoint.open(checkpoint)
     config = checkpoint_model_config(source, Tokenizer.load(source.tokenizer_path))
-    tensors = source.load_model_tensors(ema=ema)
+    tensors = ModelWeights(source, ema).load()
     tower = VisionTower(config).eval()
     tower.load_state_dict({n.removeprefix("vision."): t for n, t in tensors.items() if n.startswith("vision.")})
     size = config.vision_config.image_size

@@ -31,6 +31,7 @@ from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.processing_mmscale import MMScaleImageProcessor, MMScaleProcessor
 from mmscale.pretrained import EXPORTED_TOKENIZER, checkpoint_model_config, run_config
+from mmscale.weights import ModelWeights
 
 CODE = Path(modeling_mmscale.__file__).parent
 AUTO_MAP = {
@@ -80,11 +81,12 @@ def export_hub(
         raise UserError(f"{source.path}: holds no averaged weights; leave out the option for them")
     config = checkpoint_model_config(source, pieces)
     known_scores = _read_scores(scores)
-    if reuse and _holds(out, _entries(source, ema), DTYPES[dtype]):
+    entries = _entries(source, ema)
+    if reuse and _holds(out, entries, DTYPES[dtype]):
         say(f"{out} holds these weights already: reused")
         return out
     with whole_folder(out) as folder:
-        total = write_weights(folder, _entries(source, ema), DTYPES[dtype], shard_bytes)
+        total = write_weights(folder, entries, DTYPES[dtype], shard_bytes)
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
         _write_config(folder, config, DTYPES[dtype])
         (folder / EXPORTED_TOKENIZER).write_bytes(pieces_bytes)
@@ -93,7 +95,7 @@ def export_hub(
             shutil.copyfile(file, folder / file.name)
         facts = CardFacts(
             name=name or out.name,
-            num_parameters=sum(torch.Size(source.shape(key)).numel() for key in source.names("param")),
+            num_parameters=sum(entry.num_elements for entry in entries.values()),
             dtype=dtype,
             samples=source.samples,
             step=source.step,
@@ -104,7 +106,7 @@ def export_hub(
         (folder / "README.md").write_text(model_card(config, run_config(source), facts), encoding="utf-8")
 
         model = MMScaleModel(config)
-        model.load_state_dict(source.load_model_tensors(ema=ema))
+        model.load_state_dict(ModelWeights(source, ema).load())
         differences = verify_export(folder, model.to(DTYPES[dtype]).eval(), pieces)
         largest = ", ".join(f"{key} {value:.1g}" for key, value in differences.items())
         say(f"loaded in a process without mmscale; largest differences: {largest}")
@@ -143,13 +145,8 @@ def _open_before_it_goes(path: Path, tokenizer: str | Path | None) -> tuple[Chec
 
 def _entries(source: Checkpoint, ema: bool) -> dict[str, Entry]:
     """Every tensor of the model by name, not yet read."""
-    entries = {}
-    for name in source.names("param"):
-        kind = "ema" if ema and source.has(name, "ema") else "param"
-        entries[name] = Entry(source.shape(name), partial(source.read, name, kind))
-    for name in source.names("buffer"):
-        entries[name] = Entry(source.shape(name, "buffer"), partial(source.read, name, "buffer"))
-    return entries
+    weights = ModelWeights(source, ema)
+    return {name: Entry(weights.shape(name), partial(weights.read, name)) for name in weights}
 
 
 def _holds(out: Path, tensors: dict[str, Entry], dtype: torch.dtype) -> bool:

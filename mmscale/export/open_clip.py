@@ -21,6 +21,7 @@ from mmscale.export.folder import whole_folder
 from mmscale.export.table import Row, linear, resize_positions, row, to_ours, to_theirs
 from mmscale.model.configuration_mmscale import MMScaleConfig
 from mmscale.pretrained import checkpoint_model_config
+from mmscale.weights import ModelWeights
 
 
 def table(config: MMScaleConfig) -> Iterator[Row]:
@@ -181,7 +182,7 @@ def export_open_clip(
     pieces = Tokenizer.load(tokenizer or source.tokenizer_path)
     config = checkpoint_model_config(source, pieces)
     settings = open_clip_config(config)
-    trained = source.load_model_tensors(ema=ema)
+    trained = ModelWeights(source, ema).load()
     preprocess = {"mean": config.image_mean, "std": config.image_std, "interpolation": "bicubic"}
     with whole_folder(out) as folder:
         save_file(to_open_clip(trained, config), folder / "open_clip_model.safetensors")

@@ -119,6 +119,7 @@ class MMScaleConfig(PretrainedConfig):
         logit_bias_init: start of the additive bias of the sigmoid loss; None leaves the bias out.
         legacy_cls_mask: the text embedding sees the first pad and not itself, as weights trained with open_clip's
             default expect.
+        heads: name -> settings of a task head: `kind`, `fusion`, `labels` (or `outputs`), `hidden`; see `heads.py`.
     """
 
     model_type = "mmscale"
@@ -144,6 +145,7 @@ class MMScaleConfig(PretrainedConfig):
         logit_scale_max: float = 100.0,
         logit_bias_init: float | None = None,
         legacy_cls_mask: bool = False,
+        heads: dict[str, dict] | None = None,
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
@@ -158,6 +160,7 @@ class MMScaleConfig(PretrainedConfig):
         self.logit_scale_max = logit_scale_max
         self.logit_bias_init = logit_bias_init
         self.legacy_cls_mask = legacy_cls_mask
+        self.heads = heads or {}
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

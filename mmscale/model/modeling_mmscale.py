@@ -5,6 +5,7 @@
       text         TextTower: tokens and CLS, causal blocks, projection of CLS
       decoder      Decoder: causal blocks interleaved with attention to the picture, and `decoder.head` (vocabulary)
       logit_scale  LogitScale: temperature (and bias) of the contrastive loss
+      heads        TaskHead by name, where the configuration has any
 
 The CLS token stands directly after the last token of its caption and carries the last row of the position table. Under
 causal attention it sees its whole caption and itself, no token sees it, and what follows (padding) is seen by nothing
@@ -25,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_mmscale import MMScaleConfig
 from .generation import CaptionGenerationMixin, Pictures
+from .heads import TaskHeads
 from .logit_scale import LogitScale
 from .patch_dropout import kept_patches
 from .recording import record_attentions, record_hidden_states
@@ -43,6 +45,7 @@ class MMScaleOutput(ModelOutput):
         logits_per_image: [pictures, texts], cosine similarities times the logit scale (plus a bias, if any).
         logits_per_text: its transpose.
         image_tokens: [batch, pooler queries - 1, embed_dim], what the decoder looks at.
+        head_logits: per task head, [batch, outputs]; for the heads whose inputs are given.
         past_key_values: the cache, when one is in use.
         hidden_states: per part (`vision`, `text`, `decoder`), the input of every block and the last output.
         attentions: per part, the weights of every attention layer (`attn_implementation="eager"`).
@@ -55,6 +58,7 @@ class MMScaleOutput(ModelOutput):
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     image_tokens: Tensor | None = None
+    head_logits: dict[str, Tensor] | None = None
     past_key_values: Cache | None = None
     hidden_states: dict[str, tuple[Tensor, ...]] | None = None
     attentions: dict[str, tuple[Tensor, ...]] | None = None
@@ -86,6 +90,8 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         self.text = TextTower(config)
         self.decoder = Decoder(config) if config.decoder_config.layers else None
         self.logit_scale = LogitScale(config)
+        if config.heads:
+            self.heads = TaskHeads(config)
         self.post_init()
 
     def encode_image(self, pixel_values: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -111,6 +117,11 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
     def decode(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """Text states [batch, length, width] and picture tokens to states [batch, length, width] for the head."""
         return self._require_decoder()(text_tokens, image_tokens)
+
+    def fuse(self, text_tokens: Tensor, lengths: Tensor, image_tokens: Tensor) -> Tensor:
+        """The decoder's state [batch, text width] at a text's last token, which has seen the text and its picture."""
+        states = self.decode(text_tokens, image_tokens)
+        return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Embeddings of pictures, [batch, embed_dim], of unit length."""
@@ -181,6 +192,12 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
                 found["logits"] = self.decoder.head(self.decode(text_tokens, found["image_tokens"]))
                 if labels is not None:
                     found["loss"] = _caption_loss(found["logits"], labels, lengths)
+        if self.config.heads:
+            names = ("image_embeds", "image_tokens", "text_embeds")
+            found["head_logits"] = self.heads(
+                **{name: found.get(name) for name in names},
+                fuse=lambda: self.fuse(text_tokens, lengths, found["image_tokens"]),
+            )
         return MMScaleOutput(**found)
 
     def get_input_embeddings(self) -> nn.Embedding:

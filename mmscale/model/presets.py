@@ -130,6 +130,7 @@ def build_model_config(
         bos_token_id=bos_id,
         eos_token_id=eos_id,
         legacy_cls_mask=model.legacy_cls_mask,
+        heads={name: head.model_dump(mode="json") for name, head in model.heads.items()},
         **(siglip if contrastive == "siglip" else {}),
     )
 

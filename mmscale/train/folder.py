@@ -112,6 +112,15 @@ class RunFolder:
         """What happened besides training: a resume, a save, a signal, a skipped update."""
         self.append("events.jsonl", {"event": kind, "step": step, "samples": samples, "time": time.time(), **facts})
 
+    def evaluations(self, samples: int) -> list[dict[str, Any]]:
+        """The lines of evaluations.jsonl up to a number of samples."""
+        text = _read_text(self.path / "evaluations.jsonl") or ""
+        lines = []
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError):  # the last line of a killed run
+                lines.append(json.loads(line))
+        return [line for line in lines if line["samples"] <= samples]
+
     def sync(self) -> None:
         """Puts the lines on disk; a checkpoint that is committed after this never lacks the lines before it."""
         for file in self._files.values():

@@ -203,9 +203,12 @@ def describe(record: dict[str, Any], last_step: int, eta_s: float) -> str:
         value = record.get(key)
         return missing if value is None else format(value, form)
 
+    short = {"contrastive": "con", "caption": "cap"}
+    losses = [key.removeprefix("loss_") for key in record if key.startswith("loss_")]
+    terms = " ".join(f"{short.get(name, name)} {show(f'loss_{name}', '.3f')}" for name in losses)
     parts = [
         f"step {record['step']}/{last_step}",
-        f"loss {show('loss', '.3f')} (con {show('loss_contrastive', '.3f')} cap {show('loss_caption', '.3f')})",
+        f"loss {show('loss', '.3f')} ({terms})",
         f"gnorm {show('grad_norm', '.2f')}",
         f"lr {show('lr', '.1e')}",
         f"{show('samples_per_s', ',.0f')} img/s",

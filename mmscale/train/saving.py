@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale.checkpoint import MANIFEST, commit, folder_name, remove_old, write_fragments
+from mmscale.checkpoint import BEST, MANIFEST, commit, folder_name, remove_old, write_fragments, write_whole
 from mmscale.train.engine import Processes
 from mmscale.train.state import TrainState
 
@@ -42,6 +42,7 @@ class Saver:
         self._ended = 0.0
         self._pending: tuple[Path, int, int, float, float] | None = None
         self.step: int | None = None  # of the newest checkpoint that is committed or under way
+        self._best: int | None = None
 
     def save(self, state: TrainState, facts: dict[str, Any], tokenizer: Path | None = None) -> Saved | None:
         """Copies the state and starts to write it. Returns how the save before it ended, if there was one."""
@@ -74,7 +75,7 @@ class Saver:
                         abandoned=self._abandoned.is_set,
                     )
                     if done:
-                        remove_old(self._checkpoints, *self._keep)
+                        remove_old(self._checkpoints, *self._keep, best=self._best)
             except Exception as error:  # any of them must reach the step loop, not end in a thread
                 self._error = f"{type(error).__name__}: {error}"
             self._ended = time.perf_counter()
@@ -83,6 +84,12 @@ class Saver:
         self._thread.start()
         self._pending = (folder, facts["step"], facts["samples"], start, time.perf_counter() - start)
         return previous
+
+    def keep_best(self, step: int) -> None:
+        """The checkpoint of this step, committed or under way, outlives newer ones until another one is the best."""
+        self._best = step
+        if self._processes.is_main:
+            write_whole(self._checkpoints / BEST, folder_name(step) + "\n", replace=True)
 
     @property
     def failed(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mmscale.train.engine import ForwardBackward
+from mmscale.train.selection import Selection
 
 
 @dataclass
@@ -27,3 +28,4 @@ class Task:
     tokenizer: Any
     flops_per_sample: Callable[[float], float] | None = None  # from a text length, of forward and backward
     evaluate: Callable[[], Evaluated] | None = None  # on all ranks
+    selection: Selection | None = None  # the best evaluation's checkpoint is kept, and named by checkpoints/best

@@ -147,7 +147,7 @@ class Trainer:
         stop = 0
         with StopRequests(stop_file, self.config.run.max_minutes) as requests:
             self.meter = Meter()
-            while self.samples < self.config.train.samples and not stop:
+            while not (self._is_last() or self._has_the_best() or stop):
                 micro_batches, waited = next(batches)
                 update = self.engine.step(micro_batches, self._learning_rate(), part_norms=self._log_is_next())
                 self.step += 1
@@ -160,7 +160,7 @@ class Trainer:
                 if self.check:
                     return self._finish_check(update)
             with self.watchdog.patience():
-                done = self.samples >= self.config.train.samples
+                done = self._is_last() or self._has_the_best()
                 return self._finished() if done else self._preempted(StopRequests.NAMES[stop])
 
     def due_hooks(self) -> Iterator[Hook]:
@@ -239,6 +239,10 @@ class Trainer:
     def _is_last(self) -> bool:
         return self.samples >= self.config.train.samples
 
+    def _has_the_best(self) -> bool:
+        """True when enough evaluations have shown that it becomes no better."""
+        return self.task.selection is not None and self.task.selection.exhausted
+
     def _log_is_due(self) -> bool:
         return self.step == 1 or self.step % self.config.log.every == 0 or self._is_last()
 
@@ -302,6 +306,8 @@ class Trainer:
                 self.folder.append("examples.jsonl", at | example)
             shown = " ".join(f"{key} {value:.3f}" for key, value in found.scores.items() if isinstance(value, float))
             self.progress.say(f"evaluation at step {self.step}: {shown}")
+        if self.task.selection is not None and self.task.selection.add(self.step, found.scores):
+            self.saver.keep_best(self.step)
 
     def _report_save(self, saved: Saved | None) -> None:
         if saved is None:
@@ -385,6 +391,7 @@ class Trainer:
         self.num_bad = manifest["bad_samples"]
         self.engine.state.restore(checkpoint)
         self.saver.step = self.step
+        self._restore_selection()
         self.folder.event(
             "resume",
             self.step,
@@ -396,6 +403,14 @@ class Trainer:
         if self.processes.is_main:
             for text in (f"going on from {checkpoint.path} at sample {self.samples}", *changes):
                 print(text, flush=True)
+
+    def _restore_selection(self) -> None:
+        """The evaluations up to the checkpoint are in the run folder: they say what was best, and how long ago."""
+        if self.task.selection is None:
+            return
+        for line in self.processes.broadcast(self.folder.evaluations(self.samples)):
+            if self.task.selection.add(line["step"], line):
+                self.saver.keep_best(line["step"])
 
     def _flush_save(self) -> None:
         """Waits for the last save, without which nobody may say that the run is over."""
