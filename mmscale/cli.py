@@ -241,6 +241,10 @@ def _add_export(verbs) -> None:
             from mmscale.export.open_clip import export_open_clip
 
             export_open_clip(args.checkpoint, args.out, tokenizer=args.tokenizer, **shared)
+        elif args.to == "peft":
+            from mmscale.export.peft import export_peft
+
+            export_peft(args.checkpoint, args.out, say=print)
         elif args.to == "onnx":
             from mmscale.export.onnx import export_onnx
 
@@ -269,10 +273,10 @@ def _add_export(verbs) -> None:
     parser.add_argument("out", help="folder to write; must be empty or not there")
     parser.add_argument(
         "--to",
-        choices=["hub", "open_clip", "clip-vision", "onnx"],
+        choices=["hub", "open_clip", "clip-vision", "onnx", "peft"],
         default="hub",
-        help="Hugging Face Hub folder, open_clip checkpoint, the image tower as a stock CLIPVisionModel, or both "
-        "towers for onnxruntime",
+        help="Hugging Face Hub folder, open_clip checkpoint, the image tower as a stock CLIPVisionModel, both towers "
+        "for onnxruntime, or the adapters of a run with model.lora for peft",
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights (hub)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run that kept them")

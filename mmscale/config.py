@@ -193,6 +193,9 @@ class OptimConfig(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="of the rate, for each block further down"
     )
+    unfreeze_every: PositiveInt | None = Field(
+        None, description="samples after which the next block further down a tower begins to learn; at once when unset"
+    )
     name: Literal["adamw", "muon"] = "adamw"
     muon_lr: Annotated[float, Field(gt=0)] = Field(0.02, description="peak rate of the matrices that Muon steps")
     muon_momentum: Fraction = 0.95

@@ -21,7 +21,7 @@ class ModelWeights:
 
     def __init__(self, checkpoint: Checkpoint, ema: bool = False):
         self._checkpoint, self._ema = checkpoint, ema
-        self._stored = {name.replace(BASE, "."): name for name in checkpoint.names("param") if ADAPTER not in name}
+        self._stored = stored_names(checkpoint)
         self._buffers = checkpoint.names("buffer")
 
     def __iter__(self):
@@ -49,6 +49,11 @@ class ModelWeights:
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name, "ema" if self._ema and self._checkpoint.has(name, "ema") else "param")
+
+
+def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The plain model's parameters, and what each is called in the checkpoint."""
+    return {name.replace(BASE, "."): name for name in checkpoint.names("param") if ADAPTER not in name}
 
 
 def adapter_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

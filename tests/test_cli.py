@@ -20,7 +20,7 @@ def run(*arguments: str, capsys) -> tuple[int, str, str]:
 
 def test_every_verb_of_the_design_is_there():
     assert len(VERBS) == len(_VERBS)
-    of_the_design = "toy pack index inspect tokenizer train eval caption search export demo report plan"
+    of_the_design = "toy pack index inspect tokenizer train eval caption search export adapt demo report plan"
     assert set(VERBS) == set(of_the_design.split())
 
 

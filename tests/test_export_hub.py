@@ -10,13 +10,13 @@ import yaml
 from checkpoints import WORDS, write_checkpoint
 from safetensors.torch import load_file
 
-from mmscale.checkpoint import Checkpoint
 from mmscale.data.tokenizer import train_tokenizer
 from mmscale.errors import UserError
 from mmscale.export import hub, stock_check, verify
 from mmscale.export.folder import whole_folder
 from mmscale.export.hub import code_files, export_hub
 from mmscale.pretrained import load_pretrained
+from mmscale.weights import ModelWeights
 
 
 @pytest.fixture(scope="module")

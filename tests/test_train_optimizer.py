@@ -5,7 +5,7 @@ import pytest
 from mmscale.config import ModelConfig, OptimConfig, TextSizes, VisionSizes
 from mmscale.errors import UserError
 from mmscale.model.presets import build_model, build_model_config
-from mmscale.train.optimizer import decays, freeze, layer_scales, parameter_groups
+from mmscale.train.optimizer import decays, freeze, layer_depths, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +28,25 @@ def test_only_matrices_of_layers_decay(sizes):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_layer_decay_falls_towards_the_input(sizes):
+def test_depth_grows_towards_the_input_and_sets_rate_and_start(sizes):
     model = build_model(sizes)
-    scales = layer_scales([name for name, _ in model.named_parameters()], 0.5)
+    depths = layer_depths([name for name, _ in model.named_parameters()])
 
-    def scale(*parts):
-        found = {value for name, value in scales.items() if all(part in name for part in parts)}
+    def depth(*parts):
+        found = {value for name, value in depths.items() if all(part in name for part in parts)}
         assert len(found) == 1, (parts, found)
         return found.pop()
 
-    assert [scale(f"vision.blocks.{i}.") for i in range(3)] == [0.125, 0.25, 0.5]
-    assert scale("vision", "patch_embedding") == 0.0625
-    assert [scale(f"text.blocks.{i}.") for i in range(2)] == [0.25, 0.5]
-    assert scale("text.tokens") == scale("text.positions") == 0.125
-    assert scale("logit_scale") == scale("pooler") == scale("decoder.head") == 1.0
-    groups = parameter_groups(model, OptimConfig(layer_decay=0.5))
+    assert [depth(f"vision.blocks.{i}.") for i in range(3)] == [3, 2, 1]
+    assert depth("vision", "patch_embedding") == 4
+    assert [depth(f"text.blocks.{i}.") for i in range(2)] == [2, 1]
+    assert depth("text.tokens") == depth("text.positions") == 3
+    assert depth("logit_scale") == depth("pooler") == depth("decoder.head") == 0
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5, unfreeze_every=100))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert {group["lr_scale"] for group in groups} == set(scales.values())
+    assert {(group["lr_scale"], group["starts_at"]) for group in groups} == {
+        (0.5**depth, 100 * depth) for depth in set(depths.values())
+    }
 
 
 def test_frozen_parts_are_left_out_and_unknown_ones_named(sizes):

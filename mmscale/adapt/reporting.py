@@ -28,7 +28,7 @@ def write_report(
         if isinstance(task, Prediction) and task.head.kind == "classification":
             _draw_confusion(task, folder / f"confusion_{task.name}.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = Table(title=f"{chosen.path} on the test split", title_justify="left")
+    table = Table(title=f"test split, {chosen.path.name}", title_justify="left")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in scores.items():

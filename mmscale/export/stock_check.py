@@ -92,6 +92,8 @@ def main(folder: str, reference: str) -> None:
         for name in ("image_embeds", "text_embeds", "logits"):
             if name in expected:
                 found[name] = _difference(getattr(output, name).float(), expected[name].float())
+        for name, scores in (output.head_logits or {}).items():
+            found[f"head_{name}"] = _difference(scores.float(), expected[f"head_{name}"].float())
         if "generated" in expected:
             few = expected["pixel_values"][: len(expected["generated"])]
             generated = model.generate(pixel_values=few, do_sample=False, num_beams=1)

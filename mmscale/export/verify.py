@@ -57,7 +57,7 @@ def verify_export(folder: Path, model: MMScaleModel, tokenizer: Tokenizer) -> di
         model: the trained model in the exported dtype, on the CPU, in evaluation mode.
 
     Returns:
-        The largest difference of `pixels` (of 0..1), `image_embeds`, `text_embeds` and `logits`.
+        The largest difference of `pixels` (of 0..1), `image_embeds`, `text_embeds`, `logits` and each task head.
 
     Raises:
         UserError: the two do not agree, or the folder does not load.
@@ -66,9 +66,12 @@ def verify_export(folder: Path, model: MMScaleModel, tokenizer: Tokenizer) -> di
         _write_reference(Path(scratch), model, tokenizer)
         found = _run_stock(folder, Path(scratch))
     tolerance = TOLERANCE[next(model.parameters()).dtype]
-    limits = {"pixels": PIXEL_TOLERANCE, "image_embeds": tolerance, "text_embeds": tolerance, "logits": tolerance}
-    differences = {name: found[name] for name in limits if name in found}
-    wrong = [f"{name} differ by {differences[name]:.2g}" for name in differences if differences[name] > limits[name]]
+    compared = ["pixels", "image_embeds", "text_embeds", "logits", *(f"head_{name}" for name in model.config.heads)]
+    differences = {name: found[name] for name in compared if name in found}
+    limits = {"pixels": PIXEL_TOLERANCE}
+    wrong = [
+        f"{name} differ by {found:.2g}" for name, found in differences.items() if found > limits.get(name, tolerance)
+    ]
     wrong += [f"other tokens for {text[:40]!r}" for text in found["texts_with_other_tokens"]]
     wrong += ["the processor's tokens differ"] if not found["processor_tokens_equal"] else []
     wrong += ["generated captions differ"] if not found.get("captions_equal", True) else []
@@ -107,8 +110,9 @@ def _write_reference(scratch: Path, model: MMScaleModel, tokenizer: Tokenizer) -
     if output.logits is not None:
         tensors["logits"] = output.logits
         tensors["generated"] = model.generate(pixel_values=pixel_values[:3], do_sample=False, num_beams=1)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "reference.safetensors")
     given = {"texts": TEXTS, "token_ids": token_ids, "threads": torch.get_num_threads()}
+    tensors |= {f"head_{name}": scores for name, scores in (output.head_logits or {}).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "reference.safetensors")
     (scratch / "reference.json").write_text(json.dumps(given), encoding="utf-8")
 
 

@@ -304,13 +304,14 @@ class Engine:
         self._wants_part_norms = False
         watch_gradients(self.deepspeed.optimizer, self._may_update)
 
-    def step(self, micro_batches: list, lr: float, *, part_norms: bool = False) -> Update:
+    def step(self, micro_batches: list, lr: float, *, samples: int = 0, part_norms: bool = False) -> Update:
         """Forward and backward of every micro-batch, then one update with the learning rate `lr`, on all ranks.
 
+        `samples` have been consumed before: a group that begins to learn later is left as it is.
         The update is left out when the gradient is not finite, or when `allows` denies it.
         """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group["lr_scale"] if samples >= group["starts_at"] else 0.0
         left = len(micro_batches)
 
         def backward(loss: Tensor) -> None:

@@ -37,39 +37,47 @@ def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
-    """The optimizer's groups: by weight decay, by factor of the learning rate (`lr_scale`), and by who steps them."""
-    scales = layer_scales([bare_name(name) for name, _ in module.named_parameters()], optim.layer_decay)
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    """The optimizer's groups: by weight decay, by depth where that matters, and by who steps them.
+
+    `lr_scale` is a group's factor of the learning rate, which is `layer_decay` once more for each block further down
+    (https://arxiv.org/abs/2106.08254, section 3.1); `starts_at` the number of samples from which on it learns at all
+    (gradual unfreezing, https://arxiv.org/abs/1801.06146, section 3.3).
+    """
+    depths = layer_depths([bare_name(name) for name, _ in module.named_parameters()])
+    by_depth = optim.layer_decay != 1.0 or optim.unfreeze_every is not None
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for long_name, parameter in module.named_parameters():
         if parameter.requires_grad:
             name, shape = bare_name(long_name), tuple(parameter.shape)
             muon = optim.name == "muon" and is_hidden_matrix(name, shape)
-            groups.setdefault((muon, decays(name, shape), scales[name]), []).append(parameter)
+            depth = depths[name] if by_depth else 0
+            groups.setdefault((muon, decays(name, shape), depth), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": optim.weight_decay if decayed else 0.0,
-            "lr_scale": scale * (optim.muon_lr / optim.lr if muon else 1.0),
+            "lr_scale": optim.layer_decay**depth * (optim.muon_lr / optim.lr if muon else 1.0),
+            "starts_at": depth * (optim.unfreeze_every or 0),
             "use_muon": muon,
         }
-        for (muon, decayed, scale), parameters in sorted(
-            groups.items(), key=lambda item: (not item[0][0], not item[0][1], -item[0][2])
+        for (muon, decayed, depth), parameters in sorted(
+            groups.items(), key=lambda item: (not item[0][0], not item[0][1], item[0][2])
         )
     ]
 
 
-def layer_scales(names: list[str], decay: float) -> dict[str, float]:
-    """name -> factor of the learning rate: `decay` once more for each block further from its tower's output.
+def layer_depths(names: list[str]) -> dict[str, int]:
+    """name -> how many blocks lie between it and its tower's output, its own counted.
 
     A tower is what holds numbered blocks. What comes before its blocks (patch and token embeddings, positions) counts
-    as one block below the first; everything else keeps the full rate (https://arxiv.org/abs/2106.08254, section 3.1).
+    as one block below the first; everything else has the depth 0.
     """
     number = re.compile(r"^(.*?)\.(\d+)\.")
     blocks: dict[str, int] = {}
     for name in names:
         if found := number.match(name):
             blocks[found[1]] = max(blocks.get(found[1], 0), int(found[2]) + 1)
-    scales = {}
+    depths = {}
     for name in names:
         found = number.match(name)
         if found:
@@ -77,8 +85,8 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
         else:
             tower = next((stack for stack in blocks if stack.rpartition(".")[0] == name.split(".")[0]), None)
             depth = blocks[tower] + 1 if tower and re.search(r"patch|embed|position|token|norm_pre", name) else 0
-        scales[name] = decay**depth
-    return scales
+        depths[name] = depth
+    return depths
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -149,7 +149,9 @@ class Trainer:
             self.meter = Meter()
             while not (self._is_last() or self._has_the_best() or stop):
                 micro_batches, waited = next(batches)
-                update = self.engine.step(micro_batches, self._learning_rate(), part_norms=self._log_is_next())
+                update = self.engine.step(
+                    micro_batches, self._learning_rate(), samples=self.samples, part_norms=self._log_is_next()
+                )
                 self.step += 1
                 self.samples += self.config.train.global_batch
                 stop = self._exchange(requests.code(), micro_batches, waited).stop

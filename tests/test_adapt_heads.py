@@ -1,0 +1,181 @@
+"""Heads on a pretrained model: what is learned, what stays as it was, what is chosen, and what is left on disk."""
+
+import json
+import random
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from ranks import run_ranks
+
+from mmscale.adapt.config import AdaptConfig
+from mmscale.adapt.heads import tune_heads
+from mmscale.adapt.matching import alternatives, swap_word
+from mmscale.checkpoint import Checkpoint, committed
+from mmscale.config import validate
+from mmscale.data.toy import make_toy
+from mmscale.errors import UserError
+from mmscale.pretrained import load_pretrained
+from mmscale.weights import ADAPTER
+
+HEADS = {
+    "shape": {"kind": "classification", "label": "class_name", "class_weights": "balanced"},
+    "colors": {"kind": "multilabel", "label": "objects[*].color", "fusion": "gated", "hidden": 8},
+    "number": {"kind": "regression", "label": "length(objects)", "fusion": "concat"},
+}
+MATCH = {"match": {"kind": "matching", "swaps": [["small", "large"], ["above", "below"], ["red", "blue", "green"]]}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Toy shards, and a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("adapt")
+    make_toy(folder / "data", samples=48, shards=4, val_samples=24)
+    write_checkpoint(folder / "base")
+    return folder
+
+
+def config(base, name, steps=2, heads=HEADS, **sections):
+    raw = {
+        "run": {"dir": str(base / name)},
+        "data": {"train": str(base / "data/train-*.tar"), "workers": 0, "crop_scale": [1, 1], "crop_ratio": [1, 1]},
+        "model": {"init_from": str(base / "base")},
+        "adapt": {"method": "heads", "heads": heads},
+        "optim": {"lr": 1e-3},
+        "train": {"samples": 16 * steps, "global_batch": 16, "zero_stage": 1},
+        "log": {"every": 1},
+    }
+    for section, values in sections.items():
+        raw[section] = raw.get(section, {}) | values
+    return validate(raw, AdaptConfig)
+
+
+def lines(base, name, file="metrics.jsonl"):
+    return [json.loads(line) for line in (base / name / file).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_any_shape_gives_the_same_curve(base):
+    assert tune_heads(config(base, "alone")) == 0
+    persistent = {f"stage3_{key}": 0 for key in ("param_persistence_threshold", "max_live_parameters")}
+    shapes = {
+        "accumulated": {"train": {"samples": 32, "global_batch": 16, "micro_batch": 4, "zero_stage": 2}},
+        "sharded": {
+            "train": {"samples": 32, "global_batch": 16, "micro_batch": 4, "zero_stage": 3},
+            "deepspeed": {"zero_optimization": persistent},
+        },
+    }
+    assert tune_heads(config(base, "accumulated", **shapes["accumulated"])) == 0
+    assert run_ranks(2, tune_heads, config(base, "sharded", **shapes["sharded"])) == [0, 0]
+    names = ["loss", "loss_shape", "loss_colors", "loss_number", "grad_norm"]
+    expected = [[line[name] for name in names] for line in lines(base, "alone")]
+    assert len(expected) == 2 and all(value > 0 for value in expected[0])
+    for name in shapes:
+        found = [[line[key] for key in names] for line in lines(base, name)]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_move_alone_and_are_added_to_what_they_adapt(base):
+    few = {"shape": HEADS["shape"]}
+    lora = {"init_from": str(base / "base"), "lora": {"rank": 2}}
+    assert tune_heads(config(base, "lora", heads=few, model=lora, optim={"lr": 1e-2})) == 0
+    checkpoint, before = Checkpoint.open(base / "lora"), load_pretrained(base / "base").model
+    plain = dict(before.named_parameters())
+    for name in checkpoint.names("param"):
+        stored = name.replace(".base_layer.", ".")
+        if ADAPTER not in name and not name.startswith("heads."):
+            assert torch.equal(checkpoint.read(name), plain[stored]), name
+    adapted = load_pretrained(base / "lora").model
+    layer = "vision.blocks.0.attention.qkv"
+    a, b = (checkpoint.read(f"{layer}.lora_{part}.default.weight") for part in "AB")
+    assert b.abs().max() > 0
+    expected = plain[f"{layer}.weight"] + 8.0 / 2 * b @ a
+    torch.testing.assert_close(adapted.get_parameter(f"{layer}.weight"), expected)
+
+
+@pytest.mark.slow
+def test_peft_loads_the_adapters_over_the_base(base):
+    from peft import PeftModel
+
+    from mmscale.export.peft import export_peft
+
+    lora = {"init_from": str(base / "base"), "lora": {"rank": 2}}
+    tune_heads(config(base, "peft_run", steps=1, heads={"shape": HEADS["shape"]}, model=lora, optim={"lr": 1e-2}))
+    export_peft(base / "peft_run", base / "peft")
+    bare, merged = load_pretrained(base / "base").model, load_pretrained(base / "peft_run").model
+    pixel_values = torch.rand(2, 3, 32, 32)
+    before = bare.get_image_features(pixel_values)
+    after = PeftModel.from_pretrained(bare, str(base / "peft")).get_image_features(pixel_values)
+    torch.testing.assert_close(after, merged.get_image_features(pixel_values))
+    assert (after - before).abs().max() > 1e-4
+    with pytest.raises(UserError, match=r"this run has no adapters \(model.lora\)"):
+        export_peft(base / "base", base / "nothing")
+
+
+def test_only_what_is_chosen_is_trained(base):
+    adapt = {"method": "heads", "heads": MATCH, "trainable": ["decoder.norm_final"], "top_blocks": 1}
+    assert tune_heads(config(base, "chosen", adapt=adapt)) == 0
+    before = dict(load_pretrained(base / "base").model.named_parameters())
+    after = dict(load_pretrained(base / "chosen").model.named_parameters())
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert any(name.startswith("text.blocks.1.") for name in moved) and "decoder.norm_final.weight" in moved
+    assert not any(".blocks.0." in name or "patch" in name or "tokens" in name for name in moved)
+    with pytest.raises(UserError, match="the model has no part `txt`"):
+        tune_heads(config(base, "wrong", adapt={"method": "heads", "heads": MATCH, "trainable": ["txt"]}))
+
+
+def test_the_best_on_dev_is_kept_and_reported_on_test(base):
+    """Seven evaluations at a rate that ruins the model: the best is not the last."""
+    data = {
+        **config(base, "best").data.model_dump(include={"train", "workers", "crop_scale", "crop_ratio"}),
+        "val": str(base / "data/val-00000.tar"),
+    }
+    make_toy(base / "test", samples=1, shards=1, seed=1, val_samples=30)
+    data["test"] = str(base / "test/val-00000.tar")
+    adapt = {"method": "heads", "heads": HEADS | MATCH, "choose_by": "number_r2", "patience": 2}
+    sections = {"adapt": adapt, "data": data, "eval": {"every": 16}, "run": {"dir": str(base / "best"), "keep_last": 1}}
+    assert tune_heads(config(base, "best", steps=9, optim={"lr": 5e-2, "schedule": "constant"}, **sections)) == 0
+    scores = [line["number_r2"] for line in lines(base, "best", "evaluations.jsonl")]
+    best = scores.index(max(scores)) + 1
+    assert len(scores) == min(9, best + 2)
+    folders = [folder.name for folder in committed(base / "best/checkpoints")]
+    assert folders == sorted({f"step_{best:08d}", f"step_{len(scores):08d}"})
+    assert load_pretrained(base / "best").step == best
+    report = json.loads((base / "best/report.json").read_text())
+    assert report["checkpoint"] == f"step_{best:08d}"
+    assert set(report["tasks"]["shape"]["per_class"]) >= {"circle", "macro avg"}
+    assert report["tasks"]["match"]["num_samples"] == 30
+    assert {"match_auc", "match_reranked_image_to_text_r1", "colors_mean_ap", "shape_accuracy"} <= set(report["scores"])
+    assert (base / "best/confusion_shape.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"heads": {}}, "adapt.heads: names no task"),
+        ({"heads": {"x": {"kind": "classification"}}}, "adapt.heads.x.label: is required"),
+        ({"heads": {"x": {"kind": "classification", "label": "a["}}}, "`a\\[` is not a JMESPath expression"),
+        ({"heads": {"x": {"kind": "classification", "label": "color"}}}, "gives 0 class"),
+        ({"heads": {"x": {"kind": "regression", "label": "class_name"}}}, "gives no number"),
+        ({"heads": {"x": {**HEADS["shape"], "classes": ["circle", "disc"]}}}, "no training sample is a `disc`"),
+        ({"heads": {"x": {"kind": "matching", "fusion": "image"}}}, "sees only one of the two"),
+        ({"data": {"train": "{b}/data/train-*.tar", "val": "{b}/data/train-00001.tar"}}, "splits must not mix"),
+        ({"model": {"init_from": None}}, "model.init_from: not set"),
+        ({"model": {"init_from": "{b}/base", "text": {"width": 64}}}, "model.text.width: 64, but the base"),
+        ({"adapt": {"method": "heads", "heads": HEADS, "patience": 1}}, "need eval.every"),
+    ],
+)
+def test_mistakes_are_named(base, sections, words):
+    text = json.dumps(sections).replace("{b}", str(base))
+    with pytest.raises(UserError, match=words):
+        tune_heads(config(base, "mistake", **json.loads(text)))
+
+
+def test_a_swapped_word_makes_another_statement():
+    choices = alternatives([["red", "blue"], ["small", "large"], ["alone"]])
+    draw = random.Random(0)
+    swapped = {swap_word("a small red circle alone", choices, draw) for _ in range(50)}
+    assert swapped == {"a large red circle alone", "a small blue circle alone"}
+    assert swap_word("a circle alone", choices, draw) is None
+    with pytest.raises(UserError, match="`red` stands in two lists"):
+        alternatives([["red", "blue"], ["red", "green"]])
