@@ -105,7 +105,10 @@ def choose_trainable(model: MMScaleModel, config: AdaptConfig, new: list[str]) -
             for number in range(max(0, len(blocks) - top), len(blocks))
         ]
         prefixes += ["vision.pooler.", "vision.norm_pooled.", "vision.projection.", "text.norm_final."]
+    new = set(new)
     for name, parameter in model.named_parameters():
         wanted = "all" in chosen or name in new or name.startswith(tuple(prefixes))
         parameter.requires_grad_(wanted)
+        if name in new:
+            parameter.lr_scale = config.adapt.new_lr_scale  # read where the optimizer's groups are made
     freeze(model, config.train.freeze)

@@ -46,6 +46,9 @@ class AdaptSection(Section):
         description="parts that are trained (`all`, `vision.blocks.3`), beside new ones; all when nothing is chosen",
     )
     top_blocks: NonNegativeInt | None = Field(None, description="train the last so many blocks of every tower")
+    new_lr_scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="factor of optim.lr for the new parts: heads that start at random learn faster than towers"
+    )
     choose_by: str | None = Field(None, description="dev score that the best weights are chosen by; the first if unset")
     patience: PositiveInt | None = Field(None, description="evaluations without a better one, after which it ends")
     heads: dict[str, HeadTask] = Field({}, description="method `heads`: the tasks by name")

@@ -39,29 +39,31 @@ def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict]:
     """The optimizer's groups: by weight decay, by depth where that matters, and by who steps them.
 
-    `lr_scale` is a group's factor of the learning rate, which is `layer_decay` once more for each block further down
-    (https://arxiv.org/abs/2106.08254, section 3.1); `starts_at` the number of samples from which on it learns at all
-    (gradual unfreezing, https://arxiv.org/abs/1801.06146, section 3.3).
+    `lr_scale` is a group's factor of the learning rate: that of its parameters, where they have an attribute of this
+    name, and `layer_decay` once more for each block further down (https://arxiv.org/abs/2106.08254, section 3.1).
+    `starts_at` is the number of samples from which on it learns at all (gradual unfreezing,
+    https://arxiv.org/abs/1801.06146, section 3.3).
     """
     depths = layer_depths([bare_name(name) for name, _ in module.named_parameters()])
     by_depth = optim.layer_decay != 1.0 or optim.unfreeze_every is not None
-    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int, float], list[nn.Parameter]] = {}
     for long_name, parameter in module.named_parameters():
         if parameter.requires_grad:
             name, shape = bare_name(long_name), tuple(parameter.shape)
             muon = optim.name == "muon" and is_hidden_matrix(name, shape)
             depth = depths[name] if by_depth else 0
-            groups.setdefault((muon, decays(name, shape), depth), []).append(parameter)
+            scale = getattr(parameter, "lr_scale", 1.0)
+            groups.setdefault((muon, decays(name, shape), depth, scale), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": optim.weight_decay if decayed else 0.0,
-            "lr_scale": optim.layer_decay**depth * (optim.muon_lr / optim.lr if muon else 1.0),
+            "lr_scale": scale * optim.layer_decay**depth * (optim.muon_lr / optim.lr if muon else 1.0),
             "starts_at": depth * (optim.unfreeze_every or 0),
             "use_muon": muon,
         }
-        for (muon, decayed, depth), parameters in sorted(
-            groups.items(), key=lambda item: (not item[0][0], not item[0][1], item[0][2])
+        for (muon, decayed, depth, scale), parameters in sorted(
+            groups.items(), key=lambda item: (not item[0][0], not item[0][1], *item[0][2:])
         )
     ]
 
