@@ -133,6 +133,7 @@ class HeadConfig(Section):
     kind: Literal["classification", "multilabel", "regression", "matching"]
     fusion: Literal["image", "text", "concat", "gated", "cross_attention"] = "image"
     hidden: NonNegativeInt = Field(0, description="width of a hidden layer; 0 for a linear head")
+    likelihood: bool = Field(False, description="sees how likely the text is as the picture's caption")
     labels: list[str] = Field([], description="the classes, in the order of the scores")
     mean: float = Field(0.0, description="of the numbers that are predicted: a score of 0")
     std: Annotated[float, Field(gt=0)] = Field(1.0, description="of these numbers: a score of 1")

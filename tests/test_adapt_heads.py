@@ -179,3 +179,42 @@ def test_a_swapped_word_makes_another_statement():
     assert swap_word("a circle alone", choices, draw) is None
     with pytest.raises(UserError, match="`red` stands in two lists"):
         alternatives([["red", "blue"], ["red", "green"]])
+
+
+def test_gradients_are_those_of_the_loss(base):
+    """Finite differences in double precision, along the gradient of one tensor of each part."""
+    from mmscale.adapt.base import adapted_model, complete, load_base
+    from mmscale.adapt.config import HeadTask
+    from mmscale.adapt.heads import _find_labels
+    from mmscale.adapt.matching import Matching
+    from mmscale.adapt.objective import AdaptationObjective
+    from mmscale.adapt.predictions import Prediction
+    from mmscale.adapt.tuning import open_split
+    from mmscale.data.batches import LabelledBatch
+
+    settings = config(base, "gradients", heads=HEADS | MATCH)
+    found = {name: _find_labels(name, task, settings) for name, task in settings.adapt.heads.items()}
+    pretrained = load_base(settings)
+    settings = complete(settings, pretrained, heads={name: head for name, (head, _) in found.items()})
+    model, tokenizer = adapted_model(settings, pretrained, pretrained.tokenizer).double(), pretrained.tokenizer
+    tasks = [Prediction(name, HeadTask(**task), *found[name]) for name, task in HEADS.items()]
+    tasks.append(Matching("match", HeadTask(**MATCH["match"]), tokenizer, 24, 0))
+    batch = next(iter(open_split(settings, model, tokenizer, settings.data.train)))
+    batch = LabelledBatch(**vars(batch), sources=[0] * len(batch.keys))
+    inputs = [task.prepare(batch) for task in tasks]
+    objective, counts = AdaptationObjective(model, tasks), torch.tensor([float(each["count"]) for each in inputs])
+    given = [{name: tensor for name, tensor in each.items() if name != "count"} for each in inputs]
+
+    def loss():
+        return objective(batch.pixel_values, batch.input_ids, batch.lengths, inputs=given, counts=counts)[0]
+
+    loss().backward()
+    parts = ["vision.patch_embedding.weight", "text.blocks.0.attention.qkv.weight", "decoder.head.weight"]
+    for name in [*parts, "text.tokens.weight", "heads.number.match.weight", "heads.match.likelihood.weight"]:
+        parameter = model.get_parameter(name)
+        direction, step = parameter.grad / parameter.grad.norm(), 3e-4
+        with torch.no_grad():
+            ends = [loss() for shift in (step, -2 * step) if parameter.add_(shift * direction) is not None]
+            parameter.add_(step * direction)
+        slope = (ends[0] - ends[1]) / (2 * step)
+        torch.testing.assert_close(slope.double(), parameter.grad.norm(), rtol=2e-2, atol=1e-3)

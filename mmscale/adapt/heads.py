@@ -66,7 +66,8 @@ def _find_labels(name: str, task: HeadTask, config: AdaptConfig) -> tuple[HeadCo
         fusion = fusion if "fusion" in task.model_fields_set else "cross_attention"
         if fusion in ("image", "text"):
             raise UserError(f"{key}.fusion: `{fusion}` sees only one of the two that are to match")
-        return HeadConfig(kind=task.kind, fusion=fusion, hidden=task.hidden), None
+        likelihood = fusion == "cross_attention"
+        return HeadConfig(kind=task.kind, fusion=fusion, hidden=task.hidden, likelihood=likelihood), None
     if task.label is None:
         raise UserError(f"{key}.label: is required: where the answer is in a sample's JSON, such as class_name")
     label = Label(task.label, f"{key}.label")

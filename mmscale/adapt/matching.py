@@ -59,9 +59,10 @@ class Matching:
         }
 
     def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            similar = (encoded.image_embeds @ encoded.text_embeds.T).masked_fill(~inputs["others"], -torch.inf)
-            text, image = similar.argmax(1), similar.argmax(0)
+        # Not under no_grad: what `encoded` computes there would be kept without its gradient.
+        similar = encoded.image_embeds.detach() @ encoded.text_embeds.detach().T
+        similar = similar.masked_fill(~inputs["others"], -torch.inf)
+        text, image = similar.argmax(1), similar.argmax(0)
         matching = head_scores(model, self.name, encoded)
         loss = masked_sum(F.softplus(-matching[:, 0].float()), inputs["valid"])
         for pairs, mask in (
@@ -79,6 +80,7 @@ class Matching:
         device, positions, keys = model_device(model), [], []
         columns: dict[str, list] = {name: [] for name in ("matching", "other", "has_other", "image", "tokens")}
         texts: list[str] = []
+        captions: list[list[str]] = []
         for batch in split:
             encoded = Encoded.of(model, batch)
             words = [self._tokenizer.decode(ids.tolist()) for ids in batch.input_ids]
@@ -90,6 +92,7 @@ class Matching:
             positions += batch.positions[rows].tolist()
             keys += [batch.keys[row] for row in rows.tolist()]
             texts += [words[row] for row in rows.tolist()]
+            captions += [batch.captions[row] for row in rows.tolist()]
             for name, value in (
                 ("matching", head_scores(model, self.name, encoded)[:, 0].float()),
                 ("other", head_scores(model, self.name, other)[:, 0].float()),
@@ -99,9 +102,9 @@ class Matching:
             ):
                 columns[name].append(value[rows.to(device)])
         names = list(columns)
-        _, gathered = gather_in_order(positions, keys, texts, *(torch.cat(columns[name]) for name in names))
-        keys, texts = gathered[:2]
-        found = dict(zip(names, gathered[2:], strict=True))
+        _, gathered = gather_in_order(positions, keys, texts, captions, *(torch.cat(columns[name]) for name in names))
+        keys, texts, captions = gathered[:3]
+        found = dict(zip(names, gathered[3:], strict=True))
         negative = found["other"][found["has_other"]]
         if not len(negative):
             raise UserError(f"adapt.heads.{self.name}.swaps: none of these words is in the split's captions")
@@ -111,14 +114,19 @@ class Matching:
         scored = {
             "auc": float(metrics.roc_auc_score(targets, scores)),
             "accuracy": float(metrics.accuracy_score(targets, scores > 0)),
-            **self._retrieval(model, found, texts),
+            **self._retrieval(model, found, texts, captions),
         }
         return {f"{self.name}_{score}": value for score, value in scored.items()}
 
-    def _retrieval(self, model: MMScaleModel, found: dict[str, Tensor], texts: list[str]) -> dict[str, float]:
-        """R@1 among pairs with distinct texts, by the embeddings alone and with the best scored again by the head."""
-        first = list({text: row for row, text in reversed(list(enumerate(texts)))}.values())
-        rows = sorted(first)[:RERANKED]
+    def _retrieval(
+        self, model: MMScaleModel, found: dict[str, Tensor], texts: list[str], captions_of: list[list[str]]
+    ) -> dict[str, float]:
+        """R@1 by the embeddings alone and with the best scored again by the head; among pairs that share no caption."""
+        rows, seen = [], set()
+        for row, captions in enumerate(captions_of):
+            if len(rows) < RERANKED and seen.isdisjoint(captions):
+                rows.append(row)
+            seen.update(captions)
         image = tuple(found[name][rows] for name in ("image", "tokens"))
         token_ids = [self._tokenizer.encode(texts[row], self._context_length) for row in rows]
         ids, lengths = (tensor.to(image[0].device) for tensor in pad_ids(token_ids, self._tokenizer.pad_id))

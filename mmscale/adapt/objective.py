@@ -75,8 +75,8 @@ class Encoded:
         """Rows of the pictures beside rows of the texts; all in their order where None."""
         image = self.image if images is None else tuple(part[images] for part in self.image)
         text = self.text if texts is None else tuple(part[texts] for part in self.text)
-        lengths = self.lengths if texts is None else self.lengths[texts]
-        return Encoded(self.model, lengths=lengths, image=image, text=text)
+        ids, lengths = (part if texts is None else part[texts] for part in (self.input_ids, self.lengths))
+        return Encoded(self.model, input_ids=ids, lengths=lengths, image=image, text=text)
 
     def with_text(self, input_ids: Tensor, lengths: Tensor) -> "Encoded":
         """The same pictures with other texts."""

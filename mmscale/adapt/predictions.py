@@ -123,7 +123,9 @@ def head_scores(model: MMScaleModel, name: str, encoded: Encoded) -> Tensor:
     """Scores [batch, outputs] of one head; only what it looks at is computed."""
     head = model.heads[name]
     if head.uses_decoder:
-        return head(fused=model.fuse(encoded.text_tokens, encoded.lengths, encoded.image_tokens))
+        ids = encoded.input_ids if head.likelihood is not None else None
+        state, likelihood = model.fuse(encoded.text_tokens, encoded.lengths, encoded.image_tokens, ids)
+        return head(fused=state, likelihood=likelihood)
     image = {"image_embeds": encoded.image_embeds, "image_tokens": encoded.image_tokens} if head.uses_image else {}
     text = {"text_embeds": encoded.text_embeds} if head.uses_text else {}
     return head(**image, **text)

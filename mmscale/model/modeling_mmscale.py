@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_mmscale import MMScaleConfig
 from .generation import CaptionGenerationMixin, Pictures
-from .heads import TaskHeads
+from .heads import TaskHeads, caption_likelihood
 from .logit_scale import LogitScale
 from .patch_dropout import kept_patches
 from .recording import record_attentions, record_hidden_states
@@ -80,6 +80,11 @@ class MMScalePreTrainedModel(PreTrainedModel):
         elif hasattr(module, "reset_parameters") and not isinstance(module, (nn.Linear, nn.Embedding)):
             module.reset_parameters()  # our modules know the scale of the linear layers they own
 
+    def _initialize_weights(self, module: nn.Module, *args, **kwargs):
+        # Without the flag for custom code, under which Transformers passes over every module that has no parameters of
+        # its own, and so over the blocks. What was loaded from a file is left alone either way.
+        super()._initialize_weights(module)
+
 
 class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMixin):
     """Image tower, text tower, multimodal decoder and logit scale; the parts are described at the top of this file."""
@@ -118,10 +123,18 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         """Text states [batch, length, width] and picture tokens to states [batch, length, width] for the head."""
         return self._require_decoder()(text_tokens, image_tokens)
 
-    def fuse(self, text_tokens: Tensor, lengths: Tensor, image_tokens: Tensor) -> Tensor:
-        """The decoder's state [batch, text width] at a text's last token, which has seen the text and its picture."""
+    def fuse(
+        self, text_tokens: Tensor, lengths: Tensor, image_tokens: Tensor, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The decoder's state [batch, text width] at a text's last token, which has seen the text and its picture.
+
+        With `input_ids` [batch, length] also how likely the text is as this picture's caption, [batch, 2].
+        """
         states = self.decode(text_tokens, image_tokens)
-        return states[torch.arange(states.shape[0], device=states.device), lengths - 1]
+        last = states[torch.arange(states.shape[0], device=states.device), lengths - 1]
+        if input_ids is None:
+            return last, None
+        return last, caption_likelihood(self.decoder.head, states, input_ids, lengths)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Embeddings of pictures, [batch, embed_dim], of unit length."""
@@ -196,7 +209,9 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
             names = ("image_embeds", "image_tokens", "text_embeds")
             found["head_logits"] = self.heads(
                 **{name: found.get(name) for name in names},
-                fuse=lambda: self.fuse(text_tokens, lengths, found["image_tokens"]),
+                fuse=lambda likely: self.fuse(
+                    text_tokens, lengths, found["image_tokens"], input_ids if likely else None
+                ),
             )
         return MMScaleOutput(**found)
 
