@@ -124,6 +124,16 @@ def test_only_what_is_chosen_is_trained(base):
         tune_heads(config(base, "wrong", adapt={"method": "heads", "heads": MATCH, "trainable": ["txt"]}))
 
 
+def test_a_tower_is_unfrozen_from_its_top(base):
+    """Blocks at depth 2 learn from the 32nd sample on, what is before the blocks from the 48th on."""
+    assert tune_heads(config(base, "thawed", steps=3, optim={"lr": 1e-2, "unfreeze_every": 16})) == 0
+    before = dict(load_pretrained(base / "base").model.named_parameters())
+    after = dict(load_pretrained(base / "thawed").model.named_parameters())
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {"vision.blocks.1.attention.qkv.weight", "vision.blocks.0.attention.qkv.weight"} <= moved
+    assert not moved & {"vision.patch_embedding.weight", "vision.positions", "text.tokens.weight"}
+
+
 def test_the_best_on_dev_is_kept_and_reported_on_test(base):
     """Seven evaluations at a rate that ruins the model: the best is not the last."""
     data = {
