@@ -229,8 +229,8 @@ class Trainer:
         if self.num_bad > allowed:
             last = everywhere[-1]
             self.processes.refuse(
-                f"data.max_bad_fraction: {self.num_bad} of the first {self.samples} samples are bad, the worst shard is "
-                f"{self.bad.worst_shard()}, the last of them {last.shard}/{last.key}: {last.reason} "
+                f"data.max_bad_fraction: {self.num_bad} of the first {self.samples} samples are bad, the worst shard "
+                f"is {self.bad.worst_shard()}, the last of them {last.shard}/{last.key}: {last.reason} "
                 f"(all are in {self.folder.path / 'bad_samples.jsonl'})"
             )
 
