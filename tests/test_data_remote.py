@@ -236,6 +236,10 @@ def test_counts_that_say_nothing_of_a_shard_are_refused(tmp_path):
     (tmp_path / "counts.jsonl").write_text('{"url": "other.tar", "count": 3}\n')
     with pytest.raises(UserError, match="says nothing about the shard"):
         consume(DataConfig(train=paths, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
+    others = write_shards(tmp_path / "more", [4])
+    (tmp_path / "counts.jsonl").write_text(f'{{"url": "{others[0]}", "count": 3}}\n')
+    with pytest.raises(UserError, match="several shards are called train-00000"):
+        consume(DataConfig(train=paths + others, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
     (tmp_path / "counts.jsonl").write_text("hello")
     with pytest.raises(UserError, match="is no manifest"):
         consume(DataConfig(train=paths, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
