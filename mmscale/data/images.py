@@ -141,9 +141,11 @@ def resize(
             return pixels
         out[:] = pixels
         return out
-    if pixels.strides[0] < 0 or pixels.strides[1:] != (3, 1):
-        # Turned or mirrored. Not ascontiguousarray, which leaves the negative stride of a single row as it is.
-        pixels = pixels.copy()
+    if pixels.strides != (3 * pixels.shape[1], 3, 1):
+        # PyTorch would copy it too, with a team of threads for each loader thread.
+        part = _scratch.take("resize", *pixels.shape)
+        part[:] = pixels
+        pixels = part
     if out is None:
         out = np.empty((height, width, 3), dtype=np.uint8)
     # The kernel behind torch.nn.functional.interpolate, which itself cannot write into given memory.
