@@ -18,12 +18,13 @@ class HubServer:
         objects: sha256 -> content of large files, committed or not.
         uploads: sha256 of every large file that was sent, in order.
         requests: (offset, bytes) of every piece of a data set's file that was sent.
+        digests: (repository, path) -> the digest that is told of a file in place of its own.
         tokens: what callers authorised themselves with.
     """
 
     def __init__(self, broken_after: int | None = None):
         self.repos, self.files, self.objects = {}, {}, {}
-        self.uploads, self.tokens, self.requests = [], set(), []
+        self.uploads, self.tokens, self.requests, self.digests = [], set(), [], {}
         self.broken_after = broken_after
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -53,7 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _entry(self, name: tuple[str, str]) -> dict:
         content = self.hub.files[name]
-        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        digest = self.hub.digests.get(name, hashlib.sha256(content).hexdigest())
+        lfs = {"oid": digest, "size": len(content), "pointerSize": 130}
         return {"type": "file", "path": name[1], "size": len(content), "oid": "2" * 40, "lfs": lfs}
 
     def _send_file(self, content: bytes | None):

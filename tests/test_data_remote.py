@@ -271,6 +271,10 @@ def test_shards_are_read_from_the_hub(tmp_path, monkeypatch):
         assert len(hub.requests) == 2  # each shard once
         with pytest.raises(UserError, match=r"nowhere\.tar"):
             consume(config.model_copy(update={"train": "hf://datasets/me/data/nowhere.tar"}), 0, 1, 1, 0)
+        hub.files["me/data", "more/a.tar"] = b"changed on the way"
+        hub.digests["me/data", "more/a.tar"] = "0" * 64
+        with pytest.raises(OSError, match="checksum"):
+            cache(tmp_path / "more").fetch("hf://datasets/me/data/more/a.tar")
     HfFileSystem.clear_instance_cache()
 
 
