@@ -4,8 +4,9 @@
 
 The peer is webdataset + PIL with the structure of open_clip's training pipeline: resampled shards, a shuffle buffer,
 PIL's decoder, RandomResizedCrop (bicubic), normalised float tensors, and torch's DataLoader. When open_clip and
-torchvision can be imported, open_clip's own pipeline joins. CPU times are of one process (0 workers) on one thread;
-wall times are with 1 and 2 workers (threads here, processes there).
+torchvision can be imported, open_clip's own pipeline joins; when MosaicML's `streaming` can, a StreamingDataset of the
+same samples as MDS shards, with the peer's picture steps. CPU times are of one process (0 workers) on one thread; wall
+times are with 1 and 2 workers (threads here, processes there).
 """
 
 import io
@@ -18,6 +19,7 @@ import time
 import tracemalloc
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +84,16 @@ def pipelines(shards: list[str], tokenizer: Tokenizer, workers: int) -> dict[str
         "mmscale fast": lambda: ours(shards, tokenizer, workers, "fast"),
         "webdataset + PIL": lambda: usual(shards, tokenizer, workers),
     }
-    try:
+    with suppress(ImportError):
         import open_clip  # noqa: F401
         from open_clip_train.data import get_wds_dataset  # noqa: F401
-    except ImportError:
-        return found
-    return found | {"open_clip": lambda: open_clips(shards, workers)}
+
+        found["open_clip"] = lambda: open_clips(shards, workers)
+    with suppress(ImportError):
+        import streaming  # noqa: F401
+
+        found["MosaicML Streaming + PIL"] = lambda: mosaics(shards, tokenizer, workers)
+    return found
 
 
 def ours(shards: list[str], tokenizer: Tokenizer, workers: int, decode: str) -> Iterator:
@@ -108,10 +114,6 @@ def ours(shards: list[str], tokenizer: Tokenizer, workers: int, decode: str) -> 
 def usual(shards: list[str], tokenizer: Tokenizer, workers: int) -> Iterator:
     """webdataset and PIL, in the structure of open_clip's training pipeline."""
 
-    def encode(text: str) -> torch.Tensor:
-        ids = tokenizer.encode(text, CONTEXT)
-        return torch.tensor(ids + [tokenizer.pad_id] * (CONTEXT - len(ids)))
-
     pipeline = wds.DataPipeline(
         wds.ResampledShards(shards),
         wds.tarfile_to_samples(),
@@ -119,11 +121,38 @@ def usual(shards: list[str], tokenizer: Tokenizer, workers: int) -> Iterator:
         wds.select(lambda sample: "txt" in sample and "jpg" in sample),
         wds.decode("pilrgb"),
         wds.rename(image="jpg;png;jpeg;webp", text="txt"),
-        wds.map_dict(image=pil_transform, text=encode),
+        wds.map_dict(image=pil_transform, text=lambda text: padded_ids(tokenizer, text)),
         wds.to_tuple("image", "text"),
         wds.batched(BATCH, partial=False),
     )
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers))
+
+
+def padded_ids(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    ids = tokenizer.encode(text, CONTEXT)
+    return torch.tensor(ids + [tokenizer.pad_id] * (CONTEXT - len(ids)))
+
+
+def mosaics(shards: list[str], tokenizer: Tokenizer, workers: int) -> Iterator:
+    """MosaicML's StreamingDataset over the same samples, shuffled, with the picture steps of `usual`."""
+    from streaming import MDSWriter, Stream, StreamingDataset
+
+    # A folder of its own each time: a dataset holds on to its folder as long as the process lives.
+    folder = tempfile.mkdtemp(dir=Path(shards[0]).parent)
+    with MDSWriter(out=folder, columns={"jpg": "bytes", "txt": "str"}) as writer:
+        for shard in shards:
+            for data, text in zip(jpegs(shard), iter_captions(shard, DataConfig()), strict=True):
+                writer.write({"jpg": data, "txt": text})
+
+    class Pairs(StreamingDataset):
+        def __getitem__(self, number: int):
+            sample = super().__getitem__(number)
+            with Image.open(io.BytesIO(sample["jpg"])) as image:
+                picture = image.convert("RGB")
+            return pil_transform(picture), padded_ids(tokenizer, sample["txt"])
+
+    dataset = Pairs(streams=[Stream(local=folder, repeat=100)], batch_size=BATCH, shuffle=True)
+    return iter(torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
 
 def open_clips(shards: list[str], workers: int) -> Iterator:
@@ -194,7 +223,7 @@ def measure_wall(report: Report, shards: list[str], tokenizer: Tokenizer, worker
 
 
 def add_ratios(report: Report, readings: dict[str, list[float]], what: str, **facts) -> None:
-    for peer in ("webdataset + PIL", "open_clip"):
+    for peer in ("webdataset + PIL", "open_clip", "MosaicML Streaming + PIL"):
         for mode in ("exact", "fast"):
             if peer in readings:
                 report.add(
@@ -203,17 +232,24 @@ def add_ratios(report: Report, readings: dict[str, list[float]], what: str, **fa
 
 
 def measure_quality(report: Report, shards: list[str]) -> None:
-    """PSNR to PIL's bicubic on the same crop."""
-    psnr: dict[str, list[float]] = {"exact": [], "fast": []}
+    """PSNR to PIL's bicubic on the same crop.
+
+    The fast mode widens a crop to whole pixels of what it decodes, here even ones of the picture. `as drawn` compares
+    with the crop before that.
+    """
+    psnr: dict[str, list[float]] = {"exact": [], "fast": [], "fast, crop as drawn": []}
     for number, data in enumerate(jpegs(shards[0])[:50]):
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        box = images.training_crop(image.height, image.width, SCALE, RATIO, uniform_draws(0, number))
-        expected = np.asarray(pil_crop(image, box), dtype=np.float64)
-        for mode in psnr:
-            view = images.training_view(data, lambda *_, box=box: box, SIZE, 10**8, fast=mode == "fast")
-            psnr[mode].append(10 * math.log10(255**2 / np.mean((view - expected) ** 2)))
-    for mode, readings in psnr.items():
-        report.add(f"PSNR {mode} to PIL bicubic", "dB", readings, better="higher")
+        drawn = images.training_crop(image.height, image.width, SCALE, RATIO, uniform_draws(0, number))
+        top, left = drawn.top // 2 * 2, drawn.left // 2 * 2
+        bottom, right = drawn.top + drawn.height + 1, drawn.left + drawn.width + 1
+        widened = images.Box(top, left, bottom // 2 * 2 - top, right // 2 * 2 - left)
+        for case, box, fast in zip(psnr, (drawn, widened, drawn), (False, True, True), strict=True):
+            expected = np.asarray(pil_crop(image, box), dtype=np.float64)
+            view = images.training_view(data, lambda *_, box=box: box, SIZE, 10**8, fast=fast)
+            psnr[case].append(10 * math.log10(255**2 / np.mean((view - expected) ** 2)))
+    for case, readings in psnr.items():
+        report.add(f"PSNR {case} to PIL bicubic", "dB", readings, better="higher")
 
 
 def measure_stages(report: Report, shards: list[str], tokenizer: Tokenizer, rounds: int) -> None:
@@ -221,6 +257,8 @@ def measure_stages(report: Report, shards: list[str], tokenizer: Tokenizer, roun
     data = jpegs(shards[0])[:BATCH]
     pixels = [images.decode(item, 10**8) for item in data]
     boxes = [images.training_crop(*p.shape[:2], SCALE, RATIO, uniform_draws(0, n)) for n, p in enumerate(pixels)]
+    halves = [images.decode_scaled(item, 10**8, SIZE * 3 // 4)[0] for item in data]
+    half_boxes = [images.training_crop(*p.shape[:2], SCALE, RATIO, uniform_draws(0, n)) for n, p in enumerate(halves)]
     order = StreamOrder([10_000] * 1000, seed=0)
     captions = list(iter_captions(shards[:1], DataConfig()))[:BATCH]
     cases = {
@@ -228,7 +266,12 @@ def measure_stages(report: Report, shards: list[str], tokenizer: Tokenizer, roun
         "locate": lambda: [order.locate(position) for position in range(BATCH)],
         "decode exact": lambda: [images.decode(item, 10**8) for item in data],
         "decode fast": lambda: [images.decode_scaled(item, 10**8, SIZE * 3 // 4) for item in data],
-        "crop and resize": lambda: [images.crop_and_resize(*case, SIZE) for case in zip(pixels, boxes, strict=True)],
+        "crop and resize exact": lambda: [
+            images.crop_and_resize(p, box, SIZE) for p, box in zip(pixels, boxes, strict=True)
+        ],
+        "crop and resize fast": lambda: [
+            images.crop_and_resize(p, box, SIZE, "bilinear") for p, box in zip(halves, half_boxes, strict=True)
+        ],
         "PIL decode": lambda: [Image.open(io.BytesIO(item)).convert("RGB") for item in data],
         "tokenize": lambda: [tokenizer.encode(caption, CONTEXT) for caption in captions],
     }
@@ -282,12 +325,13 @@ def measure_memory(report: Report, folder: Path, tokenizer: Tokenizer, num_sampl
     readings = []
     for number in range(num_samples // 200):
         next(batches)
-        if number % (num_samples // 2000) == 0:
+        if number % (num_samples // 10_000) == 0:
             readings.append(resident_mib())
     batches.close()
     fifth = len(readings) // 5
     growth = float(np.mean(readings[-fifth:]) - np.mean(readings[fifth : 2 * fifth]))
-    report.add(f"memory growth over {num_samples:,} samples", "MiB", [growth])
+    report.add(f"resident memory during {num_samples:,} samples", "MiB", readings, better="neither")
+    report.add("growth of it, from the second fifth to the last", "MiB", [growth])
 
 
 def ours_small(shards: list[str], tokenizer: Tokenizer) -> Iterator:

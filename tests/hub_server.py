@@ -1,8 +1,10 @@
-"""A stand-in of the Hub's HTTP API on loopback: repositories, large files by LFS, commits. Enough to upload to."""
+"""A stand-in of the Hub's HTTP API on loopback: repositories, large files by LFS, commits. Enough to upload to,
+and to read data sets from."""
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,12 +17,14 @@ class HubServer:
         files: (repository, path) -> content that was committed.
         objects: sha256 -> content of large files, committed or not.
         uploads: sha256 of every large file that was sent, in order.
+        requests: (offset, bytes) of every piece of a data set's file that was sent.
+        digests: (repository, path) -> the digest that is told of a file in place of its own.
         tokens: what callers authorised themselves with.
     """
 
     def __init__(self, broken_after: int | None = None):
         self.repos, self.files, self.objects = {}, {}, {}
-        self.uploads, self.tokens = [], set()
+        self.uploads, self.tokens, self.requests, self.digests = [], set(), [], {}
         self.broken_after = broken_after
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -42,7 +46,30 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._answer({"sha": "0" * 40, "siblings": []} if "/revision/" in self.path else {})
+        if found := re.fullmatch(r"/api/datasets/(.+)/tree/[^/?]+/?([^?]*)(?:\?.*)?", self.path):
+            return self._answer([self._entry(name) for name in self.hub.files if name[0] == found[1]])
+        if found := re.fullmatch(r"/datasets/(.+)/resolve/[^/]+/(.+)", self.path):
+            return self._send_file(self.hub.files.get((found[1], found[2])))
+        self._answer({"id": "me/data", "sha": "0" * 40, "siblings": []})
+
+    def _entry(self, name: tuple[str, str]) -> dict:
+        content = self.hub.files[name]
+        digest = self.hub.digests.get(name, hashlib.sha256(content).hexdigest())
+        lfs = {"oid": digest, "size": len(content), "pointerSize": 130}
+        return {"type": "file", "path": name[1], "size": len(content), "oid": "2" * 40, "lfs": lfs}
+
+    def _send_file(self, content: bytes | None):
+        if content is None:
+            return self._answer({"error": "Entry not found"}, status=404)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        begin, end = (int(wanted[1]), int(wanted[2] or len(content) - 1)) if wanted else (0, len(content) - 1)
+        part = content[begin : end + 1]
+        self.hub.requests.append((begin, len(part)))
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Range", f"bytes {begin}-{begin + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
 
     def do_PUT(self):
         content = self.rfile.read(int(self.headers["Content-Length"]))

@@ -115,6 +115,14 @@ def test_the_fast_decode_is_close_to_pil_on_the_same_crop():
         assert psnr(view, expected) > least
 
 
+def test_a_line_of_pixels_that_is_mirrored_is_resized_too():
+    rng = np.random.default_rng(0)
+    for shape in ((1, 30, 3), (30, 1, 3)):
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        for turned in (pixels[::-1], pixels[:, ::-1], pixels.transpose(1, 0, 2)[::-1]):
+            assert np.array_equal(images.resize(turned, 8, 8), images.resize(turned.copy(), 8, 8))
+
+
 @pytest.mark.parametrize("shape", [(480, 640), (640, 480), (37, 500), (224, 224), (1, 3000), (5, 4)])
 def test_center_view_is_square_and_central(shape):
     pixels = np.zeros((*shape, 3), dtype=np.uint8)

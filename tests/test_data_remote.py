@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import md5
 
 import pytest
+from hub_server import HubServer
 from shard_files import write_shards
 from test_data_loader import consume
 
@@ -235,6 +236,10 @@ def test_counts_that_say_nothing_of_a_shard_are_refused(tmp_path):
     (tmp_path / "counts.jsonl").write_text('{"url": "other.tar", "count": 3}\n')
     with pytest.raises(UserError, match="says nothing about the shard"):
         consume(DataConfig(train=paths, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
+    others = write_shards(tmp_path / "more", [4])
+    (tmp_path / "counts.jsonl").write_text(f'{{"url": "{others[0]}", "count": 3}}\n')
+    with pytest.raises(UserError, match="several shards are called train-00000"):
+        consume(DataConfig(train=paths + others, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
     (tmp_path / "counts.jsonl").write_text("hello")
     with pytest.raises(UserError, match="is no manifest"):
         consume(DataConfig(train=paths, counts=str(tmp_path / "counts.jsonl")), 0, 1, 1, 0)
@@ -246,6 +251,31 @@ def test_remote_shards_need_a_cache_that_is_large_enough(server, tmp_path):
         consume(config.model_copy(update={"cache_dir": None}), 0, 1, 1, 0)
     with pytest.raises(UserError, match=r"data\.cache_gib: 1e-06 GiB cannot hold .* GiB are needed"):
         consume(config.model_copy(update={"cache_gib": 1e-6}), 0, 1, 1, 0)
+
+
+def test_shards_are_read_from_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import HfFileSystem, constants
+
+    paths = write_shards(tmp_path, [5, 6])
+    with HubServer() as hub:
+        for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):
+            monkeypatch.setattr(constants, name, getattr(constants, name).replace(constants.ENDPOINT, hub.url))
+        HfFileSystem.clear_instance_cache()
+        hub.files |= {("me/data", f"shards/{number}.tar"): content(path) for number, path in enumerate(paths)}
+        config = DataConfig(
+            train="hf://datasets/me/data/shards/{0..1}.tar", lanes=4, block=8, cache_dir=str(tmp_path / "cache")
+        )
+        found = consume(config, 0, 2, 1, 2)
+        expected = consume(paths, 0, 2, 1, 0)
+        assert {p: row[1:] for p, row in found.items()} == {p: row[1:] for p, row in expected.items()}
+        assert len(hub.requests) == 2  # each shard once
+        with pytest.raises(UserError, match=r"nowhere\.tar"):
+            consume(config.model_copy(update={"train": "hf://datasets/me/data/nowhere.tar"}), 0, 1, 1, 0)
+        hub.files["me/data", "more/a.tar"] = b"changed on the way"
+        hub.digests["me/data", "more/a.tar"] = "0" * 64
+        with pytest.raises(OSError, match="checksum"):
+            cache(tmp_path / "more").fetch("hf://datasets/me/data/more/a.tar")
+    HfFileSystem.clear_instance_cache()
 
 
 @pytest.mark.slow

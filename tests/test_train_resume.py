@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,28 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(toy, tmp_path
     ours, theirs = weights(parts), weights(whole)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_bad_sample_is_logged_once_across_epochs_and_resumes_and_the_worst_shard_is_named(toy, tmp_path):
+    make_toy(tmp_path / "data", samples=48, shards=3, val_samples=2)
+    bad_keys = set()
+    for number, num_spoilt in ((0, 1), (1, 5)):
+        shard = tmp_path / "data" / f"train-{number:05d}.tar"
+        content = bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            for member in [m for m in tar if m.name.endswith(".jpg")][:num_spoilt]:
+                content[member.offset_data : member.offset_data + 4] = b"none"
+                bad_keys.add((shard.stem, member.name.removesuffix(".jpg")))
+        shard.write_bytes(content)
+    shards = {"train": str(tmp_path / "data" / "train-*.tar")}
+    run = config(toy, tmp_path / "run", steps=18, data=shards | {"max_bad_fraction": 1.0})
+    assert [train_here(run, 8), train_here(run)] == [75, 0]  # cut within the second of three epochs
+    logged = lines(run, "bad_samples.jsonl")
+    assert sorted((line["shard"], line["key"]) for line in logged) == sorted(bad_keys)
+    assert metrics(run, ["bad_samples"])[-1] == {"bad_samples": 3 * len(bad_keys)}
+    strict = config(toy, tmp_path / "strict", steps=18, data=shards | {"max_bad_fraction": 0.01})
+    with pytest.raises(UserError, match=r"max_bad_fraction: .* worst shard is train-00001 with \d+ of them"):
+        train_here(strict)
 
 
 def test_a_run_goes_on_with_other_ranks_stages_and_accumulation(toy, tmp_path):

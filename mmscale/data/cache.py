@@ -160,12 +160,13 @@ def _transfer(url: str, part: Path) -> tuple[str, int]:
         if size > remote.size:
             part.unlink()
         raise RemoteError(f"{size:,} of {remote.size:,} bytes came")
-    digest, md5 = hashlib.blake2b(digest_size=16), hashlib.md5(usedforsecurity=False)
+    kind, expected = remote.checksum or ("md5", None)
+    digest, checksum = hashlib.blake2b(digest_size=16), hashlib.new(kind, usedforsecurity=False)
     with open(part, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            md5.update(chunk)
-    if remote.md5 is not None and md5.hexdigest() != remote.md5:
+            checksum.update(chunk)
+    if expected is not None and checksum.hexdigest() != expected:
         part.unlink()
         raise RemoteError("the bytes that came do not have the source's checksum")
     return digest.hexdigest(), size

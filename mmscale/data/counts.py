@@ -1,6 +1,7 @@
 """How many samples each shard holds, as told by a manifest, so that no shard has to be read before the first step."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import fsspec
@@ -16,18 +17,24 @@ def known_counts(source: str, shards: Sequence[str]) -> dict[str, tuple[int, int
 
     source: `stats` reads img2dataset's `NAME_stats.json` beside each shard; anything else is the path or URL of a
     manifest: what `mmscale index --manifest` writes, a JSON list or lines of {"url", "count"}, or webdataset's
-    {"shardlist": [{"url", "nsamples"}]}. Shards are matched by their whole path first, then by their name.
+    {"shardlist": [{"url", "nsamples"}]}. Shards are matched by their whole path first, then by their name, where only
+    one shard and one line have it. Raises UserError.
     """
     if source == STATS:
         return {shard: (_stats_count(shard), 0, "") for shard in shards}
     entries = list(_entries(source))
     by_url = {url: found for url, *found in entries}
     by_name = {shard_name(url): found for url, *found in entries}
+    listed = Counter(shard_name(url) for url in by_url)
+    wanted = Counter(map(shard_name, shards))
     counts = {}
     for shard in shards:
-        found = by_url.get(shard) or by_name.get(shard_name(shard))
+        name = shard_name(shard)
+        found = by_url.get(shard) or by_name.get(name)
         if found is None:
             raise UserError(f"data.counts: {source} says nothing about the shard {shard}")
+        if shard not in by_url and (listed[name] > 1 or wanted[name] > 1):
+            raise UserError(f"data.counts: {source} does not list {shard}, and several shards are called {name}")
         counts[shard] = tuple(found)
     return counts
 
@@ -44,6 +51,8 @@ def _entries(source: str) -> Iterator[tuple[str, int, int, str]]:
         for entry in content:
             url = entry.get("url") or entry["shard"]
             count = next(entry[name] for name in ("count", "nsamples", "num_samples") if name in entry)
+            if int(count) < 0:
+                raise ValueError(count)
             yield str(url), int(count), int(entry.get("bytes", 0)), str(entry.get("digest", ""))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise UserError(f'data.counts: {source} is no manifest: expected a list of {{"url", "count"}}') from None

@@ -16,10 +16,13 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _MAX_ASPECT = 8  # a longer picture is cut before it is resized, or a line of pixels would become gigabytes
+_KERNELS = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
 
 
 class ImageError(Exception):
@@ -81,21 +84,27 @@ def decode_scaled(
 
 
 def training_view(
-    data: bytes | memoryview, crop: Callable[[int, int], Box], size: int, max_pixels: int, fast: bool = False
+    data: bytes | memoryview,
+    crop: Callable[[int, int], Box],
+    size: int,
+    max_pixels: int,
+    fast: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A picture's training crop at size x size: [size, size, 3], uint8.
+    """A picture's training crop at size x size: [size, size, 3], uint8; in `out` where it is given.
 
-    crop: from the picture's height and width to the box. fast: decode no more than the size asks for, move the box to
+    crop: from the picture's height and width to the box. fast: decode no more than the size asks for, widen the box to
     whole pixels of that, and resize bilinearly. Raises ImageError.
     """
     pixels, scale = decode_scaled(data, max_pixels, size * 3 // 4 if fast else None, shared=True)
     height, width = pixels.shape[:2]
     box = crop(height * scale, width * scale)
     if scale > 1:
-        top, left = min(round(box.top / scale), height - 1), min(round(box.left / scale), width - 1)
-        bottom, right = round((box.top + box.height) / scale), round((box.left + box.width) / scale)
-        box = Box(top, left, max(1, min(bottom, height) - top), max(1, min(right, width) - left))
-    return crop_and_resize(pixels, box, size, "bilinear" if fast else "bicubic")
+        # Outwards: rounding each edge by itself could shift the whole view, and a shift costs more than a wider view.
+        top, left = box.top // scale, box.left // scale
+        bottom, right = -(-(box.top + box.height) // scale), -(-(box.left + box.width) // scale)
+        box = Box(top, left, bottom - top, right - left)
+    return crop_and_resize(pixels, box, size, "bilinear" if fast else "bicubic", out)
 
 
 def training_crop(
@@ -119,23 +128,36 @@ def training_crop(
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def resize(pixels: np.ndarray, height: int, width: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> np.ndarray:
-    """Antialiased resize: [h, w, 3] -> [height, width, 3], uint8."""
+def resize(
+    pixels: np.ndarray,
+    height: int,
+    width: int,
+    mode: Literal["bicubic", "bilinear"] = "bicubic",
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Antialiased resize: [h, w, 3] -> [height, width, 3], uint8; in `out` (contiguous) where it is given."""
     if pixels.shape[:2] == (height, width):
-        return pixels
-    # The batch dimension comes first: only then does PyTorch see channels-last strides, and keep them.
-    if not pixels.flags.c_contiguous:
+        if out is None:
+            return pixels
+        out[:] = pixels
+        return out
+    if pixels.strides != (3 * pixels.shape[1], 3, 1):
+        # PyTorch would copy it too, with a team of threads for each loader thread.
         part = _scratch.take("resize", *pixels.shape)
         part[:] = pixels
         pixels = part
-    tensor = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = interpolate(tensor, size=(height, width), mode=mode, antialias=True)
-    return resized.permute(0, 2, 3, 1)[0].numpy()
+    if out is None:
+        out = np.empty((height, width, 3), dtype=np.uint8)
+    # The kernel behind torch.nn.functional.interpolate, which itself cannot write into given memory.
+    _KERNELS[mode](_channels_last(pixels), (height, width), False, out=_channels_last(out))
+    return out
 
 
-def crop_and_resize(pixels: np.ndarray, box: Box, size: int, mode: str = "bicubic") -> np.ndarray:
+def crop_and_resize(
+    pixels: np.ndarray, box: Box, size: int, mode: str = "bicubic", out: np.ndarray | None = None
+) -> np.ndarray:
     """The box of a picture at size x size."""
-    return resize(pixels[box.top : box.top + box.height, box.left : box.left + box.width], size, size, mode)
+    return resize(pixels[box.top : box.top + box.height, box.left : box.left + box.width], size, size, mode, out)
 
 
 def center_view(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -152,6 +174,12 @@ def center_view(pixels: np.ndarray, size: int) -> np.ndarray:
     pixels = resize(pixels, height, width)
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def _channels_last(pixels: np.ndarray) -> torch.Tensor:
+    """[height, width, 3] -> a view [1, 3, height, width]."""
+    # The batch dimension comes first: only then does PyTorch see channels-last strides, and keep them.
+    return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None, shared: bool) -> tuple[np.ndarray, int] | None:
@@ -213,8 +241,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _jpeg_orientation(data: bytes) -> int:
     """EXIF's orientation, 1 (upright) to 8; 1 when there is none. Walks the segments before the image data."""
     position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
+    while position + 10 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
+        length = data[position + 2] << 8 | data[position + 3]
         if data[position + 1] == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             return _tiff_orientation(data[position + 10 : position + 2 + length])
         position += 2 + max(length, 2)

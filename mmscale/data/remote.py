@@ -14,7 +14,9 @@ import fsspec
 
 from mmscale.errors import UserError
 
+REQUEST = 8 << 20  # bytes that are asked for at once where a file is read by ranges
 STALL_S = 30.0  # a source that sends nothing for so long is taken for dead
+_VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "blob_id")  # S3, Google, sftp and the like, the Hub
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -30,12 +32,13 @@ class RemoteError(Exception):
 class Remote:
     """An open remote file that reads from `offset` on.
 
-    size, md5 (hex) and version (what changes with the content) are those of the whole, None where the source is silent.
+    size, checksum (hashlib's name of it, hex) and version (what changes with the content) are those of the whole, None
+    where the source is silent.
     """
 
     offset: int
     size: int | None
-    md5: str | None
+    checksum: tuple[str, str] | None
     version: str | None
     file: BinaryIO
 
@@ -88,10 +91,10 @@ def _open_http(url: str, offset: int, version: str | None) -> Remote:
     else:
         start, size = 0, int(headers["Content-Length"]) if headers.get("Content-Length", "").isdigit() else None
     version = headers.get("ETag") or headers.get("Last-Modified")
-    return Remote(start, size, None if found else _http_md5(headers), version, response)
+    return Remote(start, size, None if found else _http_checksum(headers), version, response)
 
 
-def _http_md5(headers: http.client.HTTPMessage) -> str | None:
+def _http_checksum(headers: http.client.HTTPMessage) -> tuple[str, str] | None:
     """The MD5 of a whole body, from `Content-MD5` or Google's `x-goog-hash`."""
     encoded = headers.get("Content-MD5")
     for value in headers.get_all("x-goog-hash") or []:
@@ -99,7 +102,7 @@ def _http_md5(headers: http.client.HTTPMessage) -> str | None:
             if item.strip().startswith("md5="):
                 encoded = item.strip()[4:]
     try:
-        return base64.b64decode(encoded, validate=True).hex() if encoded else None
+        return ("md5", base64.b64decode(encoded, validate=True).hex()) if encoded else None
     except ValueError:
         return None
 
@@ -113,20 +116,22 @@ def _open_fsspec(url: str, offset: int, version: str | None) -> Remote:
         raise UserError(f"{url}: {error}") from None
     try:
         facts = filesystem.info(path)
-        file = filesystem.open(path, "rb", cache_type="none")
-        current = next((str(facts[name]) for name in ("ETag", "etag", "md5Hash", "mtime") if facts.get(name)), None)
+        file = filesystem.open(path, "rb", block_size=REQUEST, cache_type="readahead")
+        current = next((str(facts[name]) for name in _VERSIONS if facts.get(name)), None)
         file.seek(offset if current == version and offset <= facts["size"] else 0)
     except FileNotFoundError:
         raise RemoteError("there is no such file", final=True) from None
     except Exception as error:  # each filesystem has its own
         final = isinstance(error, PermissionError)
         raise RemoteError(f"it cannot be opened: {' '.join(str(error).split())[:200]}", final) from None
-    return Remote(file.tell(), facts["size"], _fsspec_md5(facts), current, file)
+    return Remote(file.tell(), facts["size"], _fsspec_checksum(facts), current, file)
 
 
-def _fsspec_md5(facts: dict) -> str | None:
-    """S3's ETag of an object that was put in one piece, or Google's md5Hash."""
+def _fsspec_checksum(facts: dict) -> tuple[str, str] | None:
+    """S3's ETag of an object that was put in one piece, Google's md5Hash, or the Hub's name of a large file."""
     etag = str(facts.get("ETag", "")).strip('"')  # of several pieces: digest-number
     if re.fullmatch(r"[0-9a-f]{32}", etag):
-        return etag
-    return base64.b64decode(facts["md5Hash"]).hex() if "md5Hash" in facts else None
+        return "md5", etag
+    if facts.get("md5Hash"):
+        return "md5", base64.b64decode(facts["md5Hash"]).hex()
+    return ("sha256", facts["lfs"]["sha256"]) if facts.get("lfs") else None

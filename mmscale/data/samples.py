@@ -27,7 +27,7 @@ class SampleReader:
         """Writes the augmented picture to `out` [size, size, 3]; returns the caption's ids. Raises SampleError."""
         draws = uniform_draws(seed, position)
         try:
-            view = images.training_view(
+            images.training_view(
                 raw.image,
                 lambda height, width: images.training_crop(
                     height, width, self._data.crop_scale, self._data.crop_ratio, draws
@@ -35,10 +35,12 @@ class SampleReader:
                 self._image_size,
                 self._data.max_pixels,
                 fast=self._data.decode == "fast",
+                out=out,
             )
         except images.ImageError as error:
             raise SampleError(str(error)) from None
-        out[:] = view[:, ::-1] if self._data.flip and draws[10] < 0.5 else view
+        if self._data.flip and draws[10] < 0.5:
+            out[:] = out[:, ::-1]
         texts = raw.captions[int(draws[11] * len(raw.captions))]
         return self._tokenizer.encode(texts[int(draws[12] * len(texts))], self._context_length)
 

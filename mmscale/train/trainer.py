@@ -15,6 +15,7 @@ import mmscale
 from mmscale.checkpoint import Checkpoint, committed, find_damage
 from mmscale.config import Config
 from mmscale.errors import UserError
+from mmscale.train.bad_samples import BadSamples
 from mmscale.train.engine import Engine, Processes, Update, deepspeed_config, start_processes
 from mmscale.train.folder import RunFolder, compare_configs
 from mmscale.train.guards import Exchange, SkipCounter, SpikeGuard, StopRequests, exchange
@@ -99,6 +100,7 @@ class Trainer:
         self.config, self.processes, self.folder, self.watchdog = config, processes, folder, watchdog
         self.check = check
         self.step = self.samples = self.num_bad = 0
+        self.bad = BadSamples(folder)
         self.skips = SkipCounter(config.train.max_skips)
         self.spikes = SpikeGuard()
         # A mistake here is told before anything is read.
@@ -141,6 +143,7 @@ class Trainer:
         """Trains until the last sample or a request to stop; returns the exit code."""
         self.folder.write_config(self.config)
         self.folder.cut(self.samples)
+        self.bad.restore()
         self.folder.write_status("running", self.samples, self.step)
         batches = self._batches()
         stop_file = None if self.check else self.folder.path / "STOP"
@@ -221,15 +224,14 @@ class Trainer:
     def _note_bad(self, bad: list[Any]) -> None:
         everywhere = sorted((b for part in self.processes.gather(bad) for b in part), key=lambda b: b.position)
         self.num_bad += len(everywhere)
-        for sample in everywhere:
-            facts = {"position": sample.position, "shard": sample.shard, "key": sample.key, "reason": sample.reason}
-            self.folder.append("bad_samples.jsonl", facts)
+        self.bad.add(everywhere)
         allowed = self.config.data.max_bad_fraction * max(self.samples, FEWEST_SAMPLES_TO_JUDGE)
         if self.num_bad > allowed:
             last = everywhere[-1]
             self.processes.refuse(
-                f"data.max_bad_fraction: {self.num_bad} of the first {self.samples} samples are bad, the last of them "
-                f"{last.shard}/{last.key}: {last.reason} (all are in {self.folder.path / 'bad_samples.jsonl'})"
+                f"data.max_bad_fraction: {self.num_bad} of the first {self.samples} samples are bad, the worst shard "
+                f"is {self.bad.worst_shard()}, the last of them {last.shard}/{last.key}: {last.reason} "
+                f"(all are in {self.folder.path / 'bad_samples.jsonl'})"
             )
 
     # --- hooks ----------------------------------------------------------------------------------------------------
