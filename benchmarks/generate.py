@@ -21,10 +21,13 @@ TOKENS = 20
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser(__doc__.splitlines()[0]).parse_args(argv)
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--sizes", default="", help="small, b32; small alone when quick")
+    options.add_argument("--rounds", type=int, help="captions of the same pictures by each side")
+    args = options.parse_args(argv)
     report = Report("generate")
-    for size in ("small",) if args.quick else ("small", "b32"):
-        measure(report, size, rounds=5 if args.quick else 20)
+    for size in (args.sizes or ("small" if args.quick else "small,b32")).split(","):
+        measure(report, size, rounds=args.rounds or (5 if args.quick else 20))
     report.finish(args.output)
 
 

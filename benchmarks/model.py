@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--sizes", default="", help="of the side by side: small, b32; small alone when quick")
     options.add_argument("--captions", default="12 words,full", help="of the side by side")
     options.add_argument("--rounds", type=int, help="pairs of steps")
+    options.add_argument("--parts", default="flops,steps,memory", help="what to measure")
     options.add_argument("--memory-of", nargs=3, metavar=("SIDE", "SIZE", "CAPTIONS"), help="used by itself")
     args = options.parse_args(argv)
     if args.memory_of:
@@ -56,11 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.gpu:
         measure_mfu(report, seconds=3 if args.quick else 10)
     else:
-        measure_flops(report)
+        parts = args.parts.split(",")
+        if "flops" in parts:
+            measure_flops(report)
         for size in sizes.split(","):
             for captions in args.captions.split(","):
-                measure_steps(report, size, captions, args.rounds or (3 if args.quick else 12))
-                measure_memory(report, size, captions, rounds=1 if args.quick else 3)
+                if "steps" in parts:
+                    measure_steps(report, size, captions, args.rounds or (3 if args.quick else 12))
+                if "memory" in parts:
+                    measure_memory(report, size, captions, rounds=1 if args.quick else 3)
     report.finish(args.output)
 
 

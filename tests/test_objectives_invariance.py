@@ -101,7 +101,10 @@ def plain_gradients(settings: dict, masked: tuple[int, ...]) -> dict[str, torch.
         contrastive = -F.logsigmoid(logits * (2 * torch.eye(len(logits)) - 1)).sum() / len(logits)
     scores = model.decoder.head(model.decode(text_tokens, image_tokens))[:, :-1]
     labels = batch.input_ids[:, 1:].masked_fill(torch.arange(1, 14) >= batch.lengths[:, None], -100)
-    caption = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    caption = F.cross_entropy(
+        scores.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=weights.label_smoothing
+    )
+    caption = caption + weights.z_loss * scores.logsumexp(-1)[labels >= 0].square().mean()
     loss = weights.contrastive_weight * contrastive + weights.caption_weight * caption
     loss.backward()
     found = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -120,6 +123,15 @@ MASKED = (3, 4, 12)
 def test_one_process_gives_the_plain_formulas_gradient(contrastive, masked):
     settings = {"contrastive": contrastive}
     assert_same(gradients(1, settings, masked), plain_gradients(settings, masked))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"label_smoothing": 0.2}, {"z_loss": 0.01}, {"contrastive_weight": 3.0, "caption_weight": 0.5}]
+)
+def test_every_setting_of_the_objective_reaches_its_loss(settings):
+    expected = plain_gradients(settings, MASKED)
+    for num_micro_batches in (1, 2):
+        assert_same(gradients(num_micro_batches, settings, MASKED), expected)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear, multiplier
+
 
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
@@ -11,7 +13,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, mlp_ratio: float, activation: str, depth: int):
         super().__init__()
         self.depth = depth
-        self.up = nn.Linear(width, int(width * mlp_ratio))
+        self.up = Linear(width, int(width * mlp_ratio))
         self.down = ActivatedLinear(int(width * mlp_ratio), width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ class ActivatedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return _ActivatedLinear.apply(x, self.weight, self.bias, self.activation)
-        return F.linear(_ACTIVATIONS[self.activation](x), self.weight, self.bias)
+        return multiplier(x, self.weight)(_ACTIVATIONS[self.activation](x), self.weight, self.bias)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -53,20 +55,22 @@ class _ActivatedLinear(torch.autograd.Function):
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, weight)  # the weight itself, not its cast: sharded training may release it meanwhile
         with torch.autocast(device, enabled=False):
-            return F.linear(_ACTIVATIONS[activation](x), weight.to(ctx.dtype), bias.to(ctx.dtype))
+            weight = weight.to(ctx.dtype)
+            return multiplier(x, weight)(_ACTIVATIONS[activation](x), weight, bias.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.to(ctx.dtype)
-        rows = grad.flatten(0, -2)
+        rows, matrix = grad.flatten(0, -2), weight.to(ctx.dtype)
+        multiply = multiplier(x, matrix)
         activated = _ACTIVATIONS[ctx.activation](x)
-        d_weight = (rows.T @ activated.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = multiply(rows.T, activated.flatten(0, -2).T).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         del activated
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = _DERIVATIVES[ctx.activation](grad @ weight.to(ctx.dtype), x)
+            d_x = _DERIVATIVES[ctx.activation](multiply(grad, matrix.T), x)
         return d_x, d_weight, d_bias, None
 
 

@@ -1,10 +1,12 @@
 """The vocabulary head: logits, or the captioning loss without ever holding the logits of all tokens."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .linear import Linear, multiplier
 
 
-class VocabularyHead(nn.Linear):
+class VocabularyHead(Linear):
     """From the decoder's width to the vocabulary, without a bias.
 
     The loss is computed in here, so that a sharded weight is present while it is needed.
@@ -53,9 +55,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=accumulator, device=hidden.device)
         vocab = weight.shape[0]
         with torch.autocast(hidden.device.type, enabled=False):
+            multiply = multiplier(hidden, matrix)
             for start in range(0, hidden.shape[0], rows):
                 x, y = hidden[start : start + rows], labels[start : start + rows, None]
-                logits = (x @ matrix.T).to(accumulator)
+                logits = multiply(x, matrix).to(accumulator)
                 lse = logits.logsumexp(1, keepdim=True)
                 target = logits.gather(1, y)
                 if label_smoothing:
@@ -71,12 +74,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, y, torch.full_like(lse, label_smoothing - 1))
                 grad = grad.to(hidden.dtype)
                 if need_hidden:
-                    torch.mm(grad, matrix, out=d_hidden[start : start + rows])
+                    d_hidden[start : start + rows] = multiply(grad, matrix.T)
                 if need_weight:
                     if d_weight is None:
-                        d_weight = (grad.T @ x).to(weight.dtype)
+                        d_weight = multiply(grad.T, x.T).to(weight.dtype)
                     else:
-                        d_weight += grad.T @ x
+                        d_weight += multiply(grad.T, x.T)
         if need_weight and d_weight is None:
             d_weight = torch.zeros_like(weight)
         ctx.gradients = (d_hidden, d_weight)

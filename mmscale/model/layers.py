@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .feed_forward import MLP, init_linear
+from .linear import Linear, linear
 
 
 class Packing(NamedTuple):
@@ -123,8 +124,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config, width: int, heads: int, depth: int, layer_idx: int | None = None):
         super().__init__()
         self.config, self.heads, self.depth, self.layer_idx = config, heads, depth, layer_idx
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(
         self,
@@ -179,7 +180,7 @@ class PictureKeyValue(nn.Module):
         bias = self.bias + self.weight @ self.norm_bias
         if query is not None:
             return self._attend(context, query, weight, bias)
-        key, value = F.linear(context, weight, bias).chunk(2, dim=-1)
+        key, value = linear(context, weight, bias).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def _attend(self, context: Tensor, query: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -208,9 +209,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config, width: int, context_width: int, heads: int, depth: int):
         super().__init__()
         self.config, self.heads, self.depth = config, heads, depth
-        self.query = nn.Linear(width, width)
+        self.query = Linear(width, width)
         self.key_value = PictureKeyValue(width, context_width, heads)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(
         self,
@@ -323,9 +324,9 @@ class AttentionalPooler(nn.Module):
         self.queries = nn.Parameter(torch.empty(queries, width))
         self.norm_queries = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.norm_context = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(config.width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(config.width, 2 * width)
+        self.out = Linear(width, width)
 
     def forward(self, patches: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
         """[batch, patches, vision width] to [batch, queries, width] for the queries from `start` to `stop`."""

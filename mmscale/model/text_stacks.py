@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from .configuration_mmscale import MMScaleConfig
 from .head import VocabularyHead
 from .layers import Block, CrossBlock, Packing, lower_right_causal_mask
+from .linear import Linear
 
 
 class TextTower(nn.Module):
@@ -25,7 +26,7 @@ class TextTower(nn.Module):
             for layer_idx in range(text.layers)
         )
         self.norm_final = nn.LayerNorm(text.width, eps=text.layer_norm_eps)
-        self.projection = nn.Linear(text.width, config.embed_dim, bias=False)
+        self.projection = Linear(text.width, config.embed_dim, bias=False)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from transformers import initialization
 
 from .configuration_mmscale import MMScaleConfig
 from .layers import AttentionalPooler, Block
+from .linear import Linear
 
 
 class VisionTower(nn.Module):
@@ -16,7 +17,7 @@ class VisionTower(nn.Module):
         vision = config.vision_config
         self.config = vision
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self.patch_embedding = nn.Linear(3 * vision.patch_size**2, vision.width, bias=vision.patch_bias)
+        self.patch_embedding = Linear(3 * vision.patch_size**2, vision.width, bias=vision.patch_bias)
         self.class_token = nn.Parameter(torch.empty(vision.width)) if vision.class_token else None
         self.positions = nn.Parameter(torch.empty(vision.num_patches + int(vision.class_token), vision.width))
         self.norm_pre = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps) if vision.pre_norm else nn.Identity()
@@ -25,7 +26,7 @@ class VisionTower(nn.Module):
         )
         self.pooler = AttentionalPooler(vision, config.embed_dim, vision.pooler_heads, vision.pooler_queries)
         self.norm_pooled = nn.LayerNorm(config.embed_dim, eps=vision.layer_norm_eps)
-        self.projection = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.projection = Linear(config.embed_dim, config.embed_dim, bias=False)
 
     def forward(
         self, pixel_values: Tensor, keep: Tensor | None = None, embed: bool = True, tokens: bool = True

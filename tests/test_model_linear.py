@@ -1,0 +1,86 @@
+"""Linear layers by oneDNN are the plain ones, and are left out where its operator has no rule."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmscale.model import linear as module
+from mmscale.model.feed_forward import ActivatedLinear
+from mmscale.model.head import VocabularyHead
+from mmscale.model.linear import Linear, linear, multiplier
+from tests.test_objectives_invariance import MASKED, assert_same, gradients
+
+has_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this build of PyTorch has no oneDNN",
+)
+
+
+@pytest.fixture
+def onednn(monkeypatch) -> list:
+    """Every product by oneDNN, whatever the processor and the size; what it was asked for is in the list."""
+    asked, plain = [], module._onednn_linear
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "ONEDNN_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(module, "_onednn_linear", lambda *args: asked.append(args) or plain(*args))
+    return asked
+
+
+@has_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednns_layer_has_the_outputs_and_gradients_of_the_plain_one(onednn, bias):
+    torch.manual_seed(0)
+    layer, x, upstream = Linear(12, 7, bias=bias), torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 7)
+    leaves = (x, *layer.parameters())
+    found, plain = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert len(onednn) == 1
+    assert torch.allclose(found, plain, atol=1e-6)
+    both = (torch.autograd.grad(output, leaves, upstream) for output in (found, plain))
+    for ours, expected in zip(*both, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-5)
+    assert len(onednn) == 3
+    with torch.no_grad():
+        assert torch.equal(layer(x), found)
+    layer.weight.requires_grad_(False)  # a frozen layer passes the gradient on and makes none of its own
+    layer(x).backward(upstream)
+    assert len(onednn) == 6 and layer.weight.grad is None and x.grad is not None
+
+
+@has_onednn
+def test_onednn_changes_no_gradient_of_the_model(onednn, monkeypatch):
+    found = {}
+    for faster in (False, True):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
+        found[faster] = gradients(2, {}, MASKED)
+        assert bool(onednn) == faster
+    assert_same(found[True], found[False])
+
+
+@has_onednn
+@pytest.mark.parametrize("make", [lambda: ActivatedLinear(6, 4, "gelu"), lambda: VocabularyHead(6, 40)])
+def test_the_layers_with_a_backward_pass_of_their_own_multiply_by_onednn_too(onednn, make):
+    layer, x = make(), torch.randn(8, 6, requires_grad=True)
+    labels = [torch.zeros(8, dtype=torch.int64)] if isinstance(layer, VocabularyHead) else []
+    layer(x, *labels).sum().backward()
+    assert len(onednn) == 3
+
+
+def test_what_onednns_operator_has_no_rule_for_is_computed_plainly(onednn):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+    assert multiplier(x, weight) is module._onednn_linear
+    assert multiplier(x.double(), weight.double()) is F.linear
+    assert multiplier(x.bfloat16(), weight.bfloat16()) is F.linear
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with FakeTensorMode():
+        assert multiplier(torch.randn(4, 6), torch.randn(3, 6)) is F.linear
+    graph = torch.export.export(Linear(6, 3), (x,)).graph
+    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+
+
+def test_small_weights_are_left_to_the_plain_library(monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    assert multiplier(torch.randn(4, 128), torch.randn(128, 128)) is F.linear
+    assert multiplier(torch.randn(4, 512), torch.randn(512, 512)) is not F.linear
