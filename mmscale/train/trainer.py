@@ -60,21 +60,22 @@ def run(
     folder = RunFolder(config.run.dir, writes=processes.is_main and not check)
     trainer = None
 
+    def reached() -> tuple[int, int]:
+        return (trainer.samples, trainer.step) if trainer else (0, 0)
+
     def note_hang(reason: str) -> None:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
-        folder.write_status("failed", samples, step, reason, any_rank=not check)
+        folder.write_status("failed", *reached(), reason, any_rank=not check)
 
     try:
         with Watchdog(folder.path / "hang", processes, config.run.hang_s, note_hang) as watchdog:
             trainer = Trainer(config, build, processes, folder, watchdog, check=check, hooks=hooks)
             return trainer.run()
     except UserError as error:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
+        samples, step = reached()
         folder.write_status("stopped" if step else "refused", samples, step, str(error))
         raise
     except BaseException as error:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
-        folder.write_status("failed", samples, step, f"{type(error).__name__}: {error}")
+        folder.write_status("failed", *reached(), f"{type(error).__name__}: {error}")
         raise
     finally:
         if trainer:
@@ -266,13 +267,12 @@ class Trainer:
         text_length = self.meter.padded_tokens / max(self.meter.samples, 1)
         flops = self.task.flops_per_sample(text_length) if self.task.flops_per_sample else None
         peak = peak_flops(self.processes.device)
-        before = self.samples - self.config.train.global_batch
         record = {
             "step": self.step,
             "samples": self.samples,
             "epoch": stream.epoch(self.samples),
             **values,
-            "lr": learning_rate(self.config.optim, before, self.config.train.global_batch, self.config.train.samples),
+            "lr": update.lr,
             "grad_norm": number(update.grad_norm),
             **{f"grad_norm_{part}": number(norm) for part, norm in update.part_norms.items()},
             **self.meter.rates(flops, peak and peak * self.processes.world_size),
@@ -308,6 +308,9 @@ class Trainer:
                 self.folder.append("examples.jsonl", at | example)
             shown = " ".join(f"{key} {value:.3f}" for key, value in found.scores.items() if isinstance(value, float))
             self.progress.say(f"evaluation at step {self.step}: {shown}")
+        if found.was_cut:
+            self.folder.event("evaluation_cut", self.step, self.samples, num_samples=found.scores["num_samples"])
+            self.progress.say(f"eval.max_minutes: time ran out after {found.scores['num_samples']} samples")
         if self.task.selection is not None and self.task.selection.add(self.step, found.scores):
             self.saver.keep_best(self.step)
 
