@@ -56,6 +56,7 @@ def run(
     config: Config, build: Callable[[Config, Processes], Task], *, check: bool = False, hooks: Sequence[Hook] = ()
 ) -> int:
     """`train` for any task: `build` makes it on every rank, with the same weights."""
+    begun = time.monotonic()
     processes = start_processes(deterministic=config.run.deterministic)
     folder = RunFolder(config.run.dir, writes=processes.is_main and not check)
     trainer = None
@@ -69,7 +70,7 @@ def run(
     try:
         with Watchdog(folder.path / "hang", processes, config.run.hang_s, note_hang) as watchdog:
             trainer = Trainer(config, build, processes, folder, watchdog, check=check, hooks=hooks)
-            return trainer.run()
+            return trainer.run(begun)
     except UserError as error:
         samples, step = reached()
         folder.write_status("stopped" if step else "refused", samples, step, str(error))
@@ -138,15 +139,15 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Trains until the last sample or a request to stop; returns the exit code."""
+    def run(self, begun: float) -> int:
+        """Trains until the last sample or a request to stop; returns the exit code. `begun`: see `StopRequests`."""
         self.folder.write_config(self.config)
         self.folder.cut(self.samples)
         self.folder.write_status("running", self.samples, self.step)
         batches = self._batches()
         stop_file = None if self.check else self.folder.path / "STOP"
         stop = 0
-        with StopRequests(stop_file, self.config.run.max_minutes) as requests:
+        with StopRequests(stop_file, self.config.run.max_minutes, begun) as requests:
             self.meter = Meter()
             while not (self._is_last() or self._has_the_best() or stop):
                 micro_batches, waited = next(batches)
