@@ -301,7 +301,7 @@ def refuse_on_rank_1(folder):
 
 
 def test_what_one_rank_refuses_ends_all(tmp_path):
-    with pytest.raises(AssertionError, match="rank 0:(.|\n)*UserError: data.train: this machine does not have it"):
+    with pytest.raises(AssertionError, match=r"rank 0:(.|\n)*UserError: data.train: this machine does not have it"):
         run_ranks(2, refuse_on_rank_1, tmp_path, timeout_s=40)
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "refused"
 
