@@ -224,6 +224,9 @@ class EvalConfig(Section):
     tasks: list[Literal["zeroshot", "retrieval", "caption", "vqa"]] = ["zeroshot", "retrieval", "caption"]
     batch: PositiveInt = 64
     samples: PositiveInt | None = Field(None, description="of the val split, the first so many; all when unset")
+    max_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="an evaluation in the loop that takes longer is scored on what it has seen by then"
+    )
     classnames: str | None = Field(None, description="text file, one name a line; from the shards' JSON when unset")
     templates: Paths | None = Field(None, description="text file, one a line, or a list; `{}` for the class name")
     distinct_pairs: PositiveInt | None = Field(

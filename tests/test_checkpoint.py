@@ -21,6 +21,7 @@ from mmscale.checkpoint import (
     folder_name,
     remove_old,
     write_fragments,
+    write_whole,
 )
 from mmscale.errors import UserError
 
@@ -130,11 +131,25 @@ def test_the_commit_waits_for_every_rank_of_this_attempt(tmp_path):
     write_fragments(folder, 0, fragments[0], "now")
     with pytest.raises(TimeoutError, match="rank 1 has not written its part"):
         commit(folder, 2, "now", {"step": 3, "samples": 24}, timeout_s=0.1)
-    assert not commit(folder, 2, "now", {"step": 3, "samples": 24}, abandoned=lambda: True)
+    assert not commit(folder, 2, "now", {"step": 3, "samples": 24}, abandoned=lambda: True, timeout_s=1)
     assert committed(folder.parent) == []
     threading.Thread(target=lambda: (time.sleep(0.1), write_fragments(folder, 1, fragments[1], "now"))).start()
     assert commit(folder, 2, "now", {"step": 3, "samples": 24}, timeout_s=10)
     assert committed(folder.parent) == [folder]
+
+
+def test_latest_is_replaced_once_the_checkpoint_is_committed(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def full_disk(path, content, **options):
+        if path.name == "manifest.json":
+            raise OSError("no room")
+        write_whole(path, content, **options)
+
+    monkeypatch.setattr("mmscale.checkpoint.write_whole", full_disk)
+    with pytest.raises(OSError, match="no room"):
+        write(tmp_path, 2)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001\n"
 
 
 def test_a_tensor_with_a_hole_is_never_committed(tmp_path):
@@ -156,6 +171,19 @@ def test_old_ones_go_but_marks_and_the_newest_stay(tmp_path):
     assert not leftover.exists()
     remove_old(tmp_path / "checkpoints", keep_last=1)
     assert [folder.name for folder in committed(tmp_path / "checkpoints")] == [folder_name(7)]
+
+
+def test_one_that_goes_first_stops_being_a_checkpoint_and_a_save_under_way_stays(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    under_way = tmp_path / "checkpoints" / folder_name(3)
+    write_fragments(under_way, 0, [], "n")
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **options: None)  # as if killed just before
+    remove_old(tmp_path / "checkpoints", keep_last=1)
+    assert [folder.name for folder in committed(tmp_path / "checkpoints")] == [folder_name(2)]
+    monkeypatch.undo()
+    remove_old(tmp_path / "checkpoints", keep_last=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [folder_name(2), folder_name(3)]
 
 
 def test_a_checkpoint_holds_the_tokenizer(tmp_path):

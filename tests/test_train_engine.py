@@ -41,6 +41,16 @@ def test_evaluations_in_the_loop_are_the_same_for_every_shape(toy, tmp_path):  #
     assert all(example["jpeg"] and example["references"] for example in examples)
 
 
+def test_an_evaluation_whose_time_is_over_is_scored_on_what_it_has_seen(toy, tmp_path):  # noqa: F811
+    data = {"train": str(toy / "data" / "train-*.tar"), "val": str(toy / "data" / "val-*.tar"), "workers": 0}
+    run = config(toy, tmp_path, steps=2, data=data, eval={"every": 16, "batch": 1, "max_minutes": 1e-9})
+    assert run_ranks(2, train_here, run) == [0, 0]
+    # One batch of one sample on each of two ranks; generation took longer than the time allowed.
+    assert [line["num_samples"] for line in evaluations(run)] == [2]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["num_samples"] for event in events if event["event"] == "evaluation_cut"] == [2]
+
+
 def test_offloaded_state_trains_and_resumes_like_state_that_stays(toy, tmp_path):  # noqa: F811
     shapes = {"optimizer": {"zero_stage": 2, "offload": "optimizer"}, "all": {"zero_stage": 3, "offload": "all"}}
     # The run is longer in the second call: with a constant rate its first half does not depend on that.

@@ -12,9 +12,9 @@ import torch
 from ranks import context, free_port, run_ranks
 from tiny_task import build_tiny, tiny_config
 
-from mmscale.checkpoint import Checkpoint, find_damage
+from mmscale.checkpoint import Checkpoint, committed, find_damage
 from mmscale.errors import UserError
-from mmscale.train.guards import SkipCounter, SpikeGuard
+from mmscale.train.guards import SkipCounter, SpikeGuard, StopRequests
 
 pytestmark = pytest.mark.slow
 
@@ -91,14 +91,27 @@ def test_a_nan_on_one_rank_skips_the_update_on_both_in_every_stage(tmp_path, pre
         assert [event["step"] for event in lines(folder, "events.jsonl") if event["event"] == "skip"] == [3]
 
 
-def test_a_leap_is_skipped_where_that_is_asked_for(tmp_path):
-    long = {"samples": 8 * 60, "skip_spikes": True}
-    config = tiny_config(tmp_path / "on", train=long)
-    run_ranks(2, train_tiny, config, None, [8 * 50 + 1], 1e4)
-    assert [event["step"] for event in lines(tmp_path / "on", "events.jsonl") if event["event"] == "skip"] == [51]
-    config = tiny_config(tmp_path / "off", train=long | {"skip_spikes": False})
-    run_ranks(1, train_tiny, config, None, [8 * 50 + 1], 1e4)
-    assert lines(tmp_path / "off", "metrics.jsonl")[-1]["skipped"] == 0
+def stop_at_step_45(trainer, update):
+    if trainer.step == 45 and trainer.processes.is_main:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leap_soon_after_a_restart(folders, guarded):
+    """Step 51 leaps, 5 steps after a restart."""
+    for folder, stage in folders.items():
+        config = tiny_config(folder, train={"samples": 8 * 55, "skip_spikes": guarded, "zero_stage": stage})
+        assert train_tiny(config, stop_at_step_45) == 75
+        assert train_tiny(config, None, [8 * 50 + 1], 1e4) == 0
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_leap_is_skipped_where_that_is_asked_for_in_every_stage(tmp_path, guarded):
+    folders = {str(tmp_path / str(stage)): stage for stage in (range(4) if guarded else [1])}
+    run_ranks(2, leap_soon_after_a_restart, folders, guarded)
+    for folder in folders:
+        skips = [event["step"] for event in lines(folder, "events.jsonl") if event["event"] == "skip"]
+        assert skips == ([51] if guarded else []), folder
+        assert lines(folder, "metrics.jsonl")[-1]["skipped"] == len(skips)
 
 
 def test_the_spike_guard_compares_with_the_accepted_past():
@@ -109,10 +122,25 @@ def test_the_spike_guard_compares_with_the_accepted_past():
     assert not guard.allows(loss=3.0, grad_norm=3.0)
     assert not guard.allows(loss=2.0, grad_norm=30.0)
     assert not guard.allows(loss=float("nan"), grad_norm=3.0)
+    # What one step allows and the last 128 do not: 6 sigma, of values that a new level has not yet replaced.
+    assert not guard.allows(loss=2 + 0.1 * 7, grad_norm=3.0)
+    assert guard.allows(loss=2 + 0.1 * 4, grad_norm=3.0)
     again = SpikeGuard()
     again.restore(guard.state())
     assert again.state() == guard.state()
     assert guard.allows(loss=2.0, grad_norm=3.0)
+
+
+def test_the_spike_guard_looks_at_the_last_128_and_at_nothing_before_it_has_32():
+    guard = SpikeGuard()
+    assert all(guard.allows(loss=1.0 + i % 2 * 1e-6, grad_norm=1.0) for i in range(31))
+    assert guard.allows(loss=50.0, grad_norm=1.0), "too early to judge"
+    assert not guard.allows(loss=99.0, grad_norm=1.0)
+    # The 50 widens what is allowed for as long as it is among the last 128.
+    assert all(guard.allows(loss=1.0, grad_norm=1.0) for _ in range(126))
+    assert guard.allows(loss=20.0, grad_norm=1.0)
+    assert all(guard.allows(loss=1.0, grad_norm=1.0) for _ in range(128))
+    assert not guard.allows(loss=20.0, grad_norm=1.0)
 
 
 def test_too_many_skips_in_a_row_end_the_run(tmp_path):
@@ -163,6 +191,11 @@ def test_a_request_to_stop_one_rank_saves_and_ends_all(tmp_path, hook, run, reas
     assert [line["step"] for line in lines(tmp_path, "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
+def test_the_minutes_of_a_run_count_from_its_start_not_from_its_first_step():
+    assert StopRequests(None, 1.0, time.monotonic() - 59).code() == 0
+    assert StopRequests.NAMES[StopRequests(None, 1.0, time.monotonic() - 61).code()] == "run.max_minutes"
+
+
 def two_at_once(trainer, update):
     if trainer.step == 3:
         os.kill(os.getpid(), signal.SIGINT)
@@ -198,11 +231,12 @@ def limit_files_at_step_6(trainer, update):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     if trainer.step == 14 and trainer.processes.rank == 1:
+        assert [path.name for path in committed(trainer.folder.checkpoints)] == ["step_00000004"], "whole, and kept"
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def test_training_outlives_a_save_that_fails(tmp_path):
-    config = tiny_config(tmp_path, run={"dir": str(tmp_path), "save_every": 32, "keep_last": 9})
+    config = tiny_config(tmp_path, run={"dir": str(tmp_path), "save_every": 32, "keep_last": 1})
     assert run_ranks(2, train_tiny, config, limit_files_at_step_6) == [0, 0]
     events = lines(tmp_path, "events.jsonl")
     failed = {event["step"]: event["reason"] for event in events if event["event"] == "save_failed"}
@@ -210,9 +244,8 @@ def test_training_outlives_a_save_that_fails(tmp_path):
     assert "rank 1: OSError" in failed[8] and "File too large" in failed[8]
     whole = [event["step"] for event in events if event["event"] == "save"]
     assert whole == [4, 16, 20]
-    left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
-    assert left == ["step_00000004", "step_00000016", "step_00000020"]
-    assert all(find_damage(tmp_path / "checkpoints" / name) is None for name in left)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000020"]
+    assert find_damage(tmp_path / "checkpoints" / "step_00000020") is None
 
 
 def test_a_failed_save_can_end_the_run(tmp_path):

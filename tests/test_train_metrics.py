@@ -1,7 +1,9 @@
 """The numbers of a run are right from the first line on, and nothing that takes them can stop training."""
 
+import errno
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,9 +12,10 @@ import pytest
 from ranks import run_ranks
 from tiny_task import build_tiny, tiny_config
 
-from mmscale.train.folder import JsonLines
+from mmscale.config import LogConfig
+from mmscale.train.folder import JsonLines, RunFolder
 from mmscale.train.guards import Exchange
-from mmscale.train.metrics import Meter, describe, duration, number
+from mmscale.train.metrics import Meter, Sinks, describe, duration, number
 
 
 def seen(wait=0.0, rank=0, tokens=10, padded=16):
@@ -102,12 +105,42 @@ def test_tensorboard_and_offline_wandb_get_the_lines_and_go_on_after_a_resume(tm
     log = {"every": 1, "tensorboard": True, "wandb": "offline"}
     assert run_ranks(1, train_tiny, tiny_config(tmp_path, log=log, train={"samples": 80})) == [0]
     first = (tmp_path / "wandb_id").read_text()
+    # As if the run had been killed before its last save: the steps 9 and 10 are made, and told, once more.
+    (tmp_path / "checkpoints" / "step_00000010" / "manifest.json").unlink()
     assert run_ranks(1, train_tiny, tiny_config(tmp_path, log=log)) == [0]
     assert (tmp_path / "wandb_id").read_text() == first
     assert len([path for path in (tmp_path / "wandb").iterdir() if path.name.endswith(first)]) == 2
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
+
+
+def test_a_status_that_cannot_be_written_is_told_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    def full_disk(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mmscale.train.folder.write_whole", full_disk)
+    RunFolder(tmp_path, writes=True).write_status("stopped", 8, 1, "too many bad samples")
+    assert re.search("status.json: No space left.*'stopped'.*too many bad samples", capsys.readouterr().err)
+
+
+def test_a_sink_that_fails_on_the_way_is_left_out_from_then_on(tmp_path, capsys):
+    calls = []
+
+    class Broken:
+        def log(self, values, step):
+            calls.append(step)
+            raise ConnectionError("no route")
+
+    folder = RunFolder(tmp_path, writes=True)
+    sinks = Sinks(folder, LogConfig(), {}, 0)
+    sinks._others["tracker"] = Broken()
+    for step in (1, 2):
+        sinks.line({"step": step, "samples": step, "loss": 1.0})
+    folder.close()
+    assert calls == [1]
+    assert "tracker is off for the rest of this run: ConnectionError: no route" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

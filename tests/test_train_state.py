@@ -1,5 +1,6 @@
 """Any ZeRO stage on any number of ranks saves the same tensors, and resumes from what any other has saved."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from torch import nn
 
 from mmscale.checkpoint import Checkpoint, commit, folder_name, write_fragments
 from mmscale.config import validate
+from mmscale.errors import UserError
 
-GLOBAL_BATCH = 8
+GLOBAL_BATCH, LAYER_DECAY = 8, 0.8
 # Nothing stays gathered in stage 3, as in a model that is large enough to need it.
 STAGE_3 = {
     "zero_optimization": {
@@ -62,18 +64,18 @@ def forward_backward(module, micro_batches, backward):
     return {"loss": total}
 
 
-def build(stage, optimizer="adamw"):
+def build(stage, optimizer="adamw", seed=0):
     from mmscale.train.engine import Engine, start_processes
     from mmscale.train.optimizer import freeze
 
     processes = start_processes()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     objective = Objective()
     freeze(objective.model, ["frozen"])
     config = validate(
         {
             "run": {"dir": "unused"},
-            "optim": {"weight_decay": 0.3, "name": optimizer},
+            "optim": {"weight_decay": 0.3, "name": optimizer, "layer_decay": LAYER_DECAY},
             "train": {
                 "samples": 1,
                 "global_batch": GLOBAL_BATCH,
@@ -136,7 +138,7 @@ def read_and_go_on(root, folders, stages, optimizer="adamw"):
     results = {}
     for stage in stages:
         for index, folder in enumerate(folders):
-            engine, processes = build(stage, optimizer)
+            engine, processes = build(stage, optimizer, seed=1)  # so that nothing is right by itself
             engine.state.restore(Checkpoint.open(folder))
             here = Path(root) / f"read_{processes.world_size}_{stage}_{index}"
             restored = tensors_of(save(engine, processes, here, 5))
@@ -201,6 +203,30 @@ def test_muons_momentum_moves_between_stages_and_ranks(tmp_path):
             torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3, msg=f"{ranks} ranks, stage {stage}")
             for key in momenta:
                 torch.testing.assert_close(their_weights[key], weights[key], atol=1e-3, rtol=1e-2)
+
+
+def rates_and_refusals(root, stages):
+    """The rates that each stage steps with, and what it says to a checkpoint of another model."""
+    found = []
+    for stage in stages:
+        engine, processes = build(stage)
+        train(engine, processes, range(1))
+        folder = save(engine, processes, Path(root) / str(stage), 1)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["tensors"]["param"]["down.weight"]["shape"] = [7, 1]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError) as refusal:
+            engine.state.restore(Checkpoint.open(folder))
+        found.append((sorted({group["lr"] for group in engine.deepspeed.optimizer.param_groups}), str(refusal.value)))
+    return found
+
+
+@pytest.mark.slow
+def test_every_stage_steps_lower_blocks_with_lower_rates_and_refuses_another_models_weights(tmp_path):
+    for rates, refusal in run_ranks(1, rates_and_refusals, tmp_path, (0, 1, 2, 3))[0]:
+        # Three blocks below the output, and what is in none.
+        assert rates == pytest.approx(sorted(0.01 * LAYER_DECAY**depth for depth in range(4)))
+        assert "`down.weight` has the shape [7, 1] there, [1, 7] in this model" in refusal
 
 
 def scale_and_restore(root, stages):

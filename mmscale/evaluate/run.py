@@ -4,14 +4,14 @@ Each picture is encoded once, whatever the number of tasks. Every sample of the 
 all ranks make the same forwards (a short rank's missing batches are dummies), which ZeRO-3 needs to gather its weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from mmscale.config import EvalConfig
-from mmscale.data.loader import EvalSet
+from mmscale.data.loader import EvalBatch
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 from mmscale.evaluate.captioning import Captioning
@@ -38,7 +38,7 @@ class Evaluation:
 def evaluate(
     model: MMScaleModel,
     tokenizer: Tokenizer,
-    eval_set: EvalSet,
+    eval_set: Iterable[EvalBatch],
     tasks: Sequence[str] | None = None,
     config: EvalConfig | None = None,
     autocast: torch.dtype | None = None,
@@ -51,7 +51,7 @@ def evaluate(
 def run_evaluation(
     model: MMScaleModel,
     tokenizer: Tokenizer,
-    eval_set: EvalSet,
+    eval_set: Iterable[EvalBatch],
     tasks: Sequence[str] | None = None,
     config: EvalConfig | None = None,
     autocast: torch.dtype | None = None,
@@ -59,6 +59,7 @@ def run_evaluation(
     """Scores a model on a split. Collective: all ranks call it with the same tasks and settings.
 
     Args:
+        eval_set: an `EvalSet`, or its first so many batches, as many on every rank.
         tasks: of `zeroshot`, `retrieval`, `caption`, `vqa`. When unset those of `config` that model and data allow:
             writing needs a decoder, zero-shot classification samples with a class, `vqa` samples with a question.
         autocast: compute in this dtype where PyTorch's autocast allows; None computes in the weights' own.

@@ -57,6 +57,12 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is so on one of them."""
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
     def agree(self, work: Callable[[], Any]) -> Any:
         """Runs `work` on every rank; a UserError on any of them ends all, so that nobody waits."""
         error, result = None, None
@@ -265,11 +271,12 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 class Update:
     """What one optimizer step did; `applied` is False when the update was left out, on all ranks alike.
 
-    `values` is what the objective gave. `grad_norm` is the global norm before clipping, None when it was not finite;
-    `part_norms` are those of the model's parts, where they were asked for.
+    `values` is what the objective gave, `lr` the rate that was asked for. `grad_norm` is the global norm before
+    clipping, None when it was not finite; `part_norms` are those of the model's parts, where they were asked for.
     """
 
     values: dict[str, Tensor]
+    lr: float = 0.0
     applied: bool = True
     grad_norm: Tensor | float | None = None
     part_norms: dict[str, Tensor] = field(default_factory=dict)
@@ -329,7 +336,7 @@ class Engine:
                 raise
             raise UserError(out_of_memory_advice(self.config.train, self.processes.world_size)) from error
         assert left == 0, "one backward for every micro-batch"
-        self._update = update = Update(values)
+        self._update = update = Update(values, lr)
         self._wants_part_norms = part_norms
         if clips_itself(self.config.train):
             self._step_stage_0(update)

@@ -98,7 +98,10 @@ class RunFolder:
         """`running`, `finished`, `preempted`, `refused`, `stopped` (a guard) or `failed`: what scripts read."""
         if (self.writes or any_rank) and self.path.is_dir():
             facts = {"status": status, "samples": samples, "step": step, "reason": reason, "time": time.time()}
-            write_whole(self.path / "status.json", json.dumps(facts) + "\n", replace=True)
+            try:
+                write_whole(self.path / "status.json", json.dumps(facts) + "\n", replace=True)
+            except OSError as error:  # a full disk is no reason to end a run, nor to hide what has ended it
+                print(f"{self.path / 'status.json'}: {error.strerror}; it should say: {facts}", file=sys.stderr)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """One more line of a .jsonl file, at once visible to readers."""

@@ -19,13 +19,16 @@ IMPATIENCE_S = 3.0
 
 
 class StopRequests:
-    """Notes SIGTERM, SIGINT, SIGUSR1, a file `run.dir/STOP` and the end of `max_minutes`; the loop asks once a step."""
+    """Notes SIGTERM, SIGINT, SIGUSR1, a file `run.dir/STOP` and the end of `max_minutes`; the loop asks once a step.
+
+    The minutes count from `begun` (of `time.monotonic`): a queue's clock runs while shards are indexed, too.
+    """
 
     NAMES = ("", "SIGTERM", "SIGINT", "SIGUSR1", "STOP file", "run.max_minutes")
 
-    def __init__(self, stop_file: Path | None, max_minutes: float | None):
+    def __init__(self, stop_file: Path | None, max_minutes: float | None, begun: float):
         self._stop_file = stop_file
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._deadline = None if max_minutes is None else begun + 60 * max_minutes
         self._code = 0
         self._first_sigint: float | None = None
         self._before: dict[int, object] = {}

@@ -2,8 +2,10 @@
 
 import base64
 import io
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -100,7 +102,8 @@ def _evaluation(
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def evaluate() -> Evaluated:
-        found = run_evaluation(model, tokenizer, eval_set, config=config.eval, autocast=autocast)
+        batches = TimeLimit(eval_set, config.eval.max_minutes, processes)
+        found = run_evaluation(model, tokenizer, batches, config=config.eval, autocast=autocast)
         captions = found.tasks["caption"].captions if "caption" in found.tasks else []
         examples = [
             {
@@ -112,9 +115,27 @@ def _evaluation(
             for caption in captions
             if caption.position in pictures
         ]
-        return Evaluated(found.scores, examples)
+        return Evaluated(found.scores, examples, was_cut=batches.was_cut)
 
     return evaluate
+
+
+class TimeLimit:
+    """The batches of a split, until a rank finds that `max_minutes` are over; then all ranks end after the same one."""
+
+    def __init__(self, batches: Iterable[Any], max_minutes: float | None, processes: Processes):
+        self._batches, self._max_minutes, self._processes = batches, max_minutes, processes
+        self.was_cut = False
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, late = time.monotonic(), False
+        for batch in self._batches:
+            if late:
+                self.was_cut = True
+                return
+            yield batch
+            if self._max_minutes is not None:
+                late = self._processes.any(time.monotonic() - begin > 60 * self._max_minutes)
 
 
 def _thumbnails(split: EvalSet) -> dict[int, str]:

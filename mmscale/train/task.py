@@ -12,10 +12,14 @@ from mmscale.train.selection import Selection
 
 @dataclass
 class Evaluated:
-    """Scores by name, equal on every rank, and on rank 0 a few captioned pictures to look at (lines for a file)."""
+    """Scores by name, equal on every rank, and on rank 0 a few captioned pictures to look at (lines for a file).
+
+    `was_cut`: time ran out, and the scores are of a part of the split.
+    """
 
     scores: dict[str, float]
     examples: list[dict[str, Any]] = field(default_factory=list)
+    was_cut: bool = False
 
 
 @dataclass

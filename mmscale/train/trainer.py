@@ -57,25 +57,27 @@ def run(
     config: Config, build: Callable[[Config, Processes], Task], *, check: bool = False, hooks: Sequence[Hook] = ()
 ) -> int:
     """`train` for any task: `build` makes it on every rank, with the same weights."""
+    begun = time.monotonic()
     processes = start_processes(deterministic=config.run.deterministic)
     folder = RunFolder(config.run.dir, writes=processes.is_main and not check)
     trainer = None
 
+    def reached() -> tuple[int, int]:
+        return (trainer.samples, trainer.step) if trainer else (0, 0)
+
     def note_hang(reason: str) -> None:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
-        folder.write_status("failed", samples, step, reason, any_rank=not check)
+        folder.write_status("failed", *reached(), reason, any_rank=not check)
 
     try:
         with Watchdog(folder.path / "hang", processes, config.run.hang_s, note_hang) as watchdog:
             trainer = Trainer(config, build, processes, folder, watchdog, check=check, hooks=hooks)
-            return trainer.run()
+            return trainer.run(begun)
     except UserError as error:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
+        samples, step = reached()
         folder.write_status("stopped" if step else "refused", samples, step, str(error))
         raise
     except BaseException as error:
-        samples, step = (trainer.samples, trainer.step) if trainer else (0, 0)
-        folder.write_status("failed", samples, step, f"{type(error).__name__}: {error}")
+        folder.write_status("failed", *reached(), f"{type(error).__name__}: {error}")
         raise
     finally:
         if trainer:
@@ -139,8 +141,8 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Trains until the last sample or a request to stop; returns the exit code."""
+    def run(self, begun: float) -> int:
+        """Trains until the last sample or a request to stop; returns the exit code. `begun`: see `StopRequests`."""
         self.folder.write_config(self.config)
         self.folder.cut(self.samples)
         self.bad.restore()
@@ -148,7 +150,7 @@ class Trainer:
         batches = self._batches()
         stop_file = None if self.check else self.folder.path / "STOP"
         stop = 0
-        with StopRequests(stop_file, self.config.run.max_minutes) as requests:
+        with StopRequests(stop_file, self.config.run.max_minutes, begun) as requests:
             self.meter = Meter()
             while not (self._is_last() or self._has_the_best() or stop):
                 micro_batches, waited = next(batches)
@@ -268,13 +270,12 @@ class Trainer:
         text_length = self.meter.padded_tokens / max(self.meter.samples, 1)
         flops = self.task.flops_per_sample(text_length) if self.task.flops_per_sample else None
         peak = peak_flops(self.processes.device)
-        before = self.samples - self.config.train.global_batch
         record = {
             "step": self.step,
             "samples": self.samples,
             "epoch": stream.epoch(self.samples),
             **values,
-            "lr": learning_rate(self.config.optim, before, self.config.train.global_batch, self.config.train.samples),
+            "lr": update.lr,
             "grad_norm": number(update.grad_norm),
             **{f"grad_norm_{part}": number(norm) for part, norm in update.part_norms.items()},
             **self.meter.rates(flops, peak and peak * self.processes.world_size),
@@ -310,6 +311,9 @@ class Trainer:
                 self.folder.append("examples.jsonl", at | example)
             shown = " ".join(f"{key} {value:.3f}" for key, value in found.scores.items() if isinstance(value, float))
             self.progress.say(f"evaluation at step {self.step}: {shown}")
+        if found.was_cut:
+            self.folder.event("evaluation_cut", self.step, self.samples, num_samples=found.scores["num_samples"])
+            self.progress.say(f"eval.max_minutes: time ran out after {found.scores['num_samples']} samples")
         if self.task.selection is not None and self.task.selection.add(self.step, found.scores):
             self.saver.keep_best(self.step)
 
