@@ -47,6 +47,11 @@ use_route_to() {
     export GLOO_SOCKET_IFNAME
 }
 
+# free_port: a port of this machine that nobody listens on.
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
 # begin_run CONFIG [OVERRIDES]: sets RUN_DIR and STARTED; a bad config ends the script here with code 2.
 begin_run() {
     RUN_DIR=$(python "$MMSCALE_ROOT/launch/status.py" prepare "$@") || exit $?
