@@ -20,6 +20,9 @@ They are not there all at once. Weights and optimizer are; of the rest, the larg
     backward ends     gradients, buffers
     update            gradients, step; the buffers in stage 3, which never gives them back
 
+On a CPU malloc keeps the pages of all but large blocks, so that activations or gradients, whichever are more, stay
+while the buffers are there, and while the gradients are copied into the flat one of stages 1 to 3 and updated with.
+
 Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
 since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and OPTIMIZER_BYTES a
 parameter; then communication, which DeepSpeed does not overlap unless told so:
@@ -222,26 +225,32 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     weights = weight * total / shard[3]
     gradients = gradient * total / shard[2]
     optimizer = (8 + master) * total / shard[1]
-    buffers, buffers_come_first = _buffers(setup, stage, total * gradient, gradient)
+    buffers = _buffers(setup, stage, total * gradient, gradient)
     activations = micro_batch * saved_bytes(setup, checkpointing)
     step = 4 * (gpu.step_copies if stage else gpu.step_copies_unsharded) * total / shard[1]
     accumulates = train.global_batch // ranks > micro_batch
-    moments = (
-        gpu.slack * (activations + logits) + gradients * accumulates + buffers * buffers_come_first,
-        gradients + buffers,
-        gradients + step + buffers * (stage == 3),
-    )
+    in_backward = gpu.slack * (activations + logits) + gradients * accumulates
+    if gpu.is_host:
+        heap = max(in_backward, gradients)
+        flat = gradient * total / shard[1] if stage else 0.0
+        moments = (heap + buffers, heap + flat + step + buffers * (stage == 3))
+    else:
+        moments = (
+            in_backward + buffers * (stage > 0),
+            gradients + buffers,
+            gradients + step + buffers * (stage == 3),
+        )
     most = gpu.runtime + weights + optimizer + max(moments)
     return Memory(weights, gradients, optimizer, buffers, activations, logits, step, most)
 
 
-def _buffers(setup: Setup, stage: int, all_gradients: float, gradient: int) -> tuple[float, bool]:
-    """Bytes of DeepSpeed's buckets, and whether they are there before any gradient is."""
+def _buffers(setup: Setup, stage: int, all_gradients: float, gradient: int) -> float:
+    """Bytes of the buckets in which DeepSpeed collects gradients."""
     options = setup.config.deepspeed.get("zero_optimization", {})
     bucket = gradient * options.get("reduce_bucket_size", 5e8)
     if stage == 0 or setup.gpu.is_host:
-        return min(bucket, all_gradients), False
-    return bucket * (2 if options.get("overlap_comm", False) and stage < 3 else 1), True
+        return min(bucket, all_gradients)
+    return bucket * (2 if options.get("overlap_comm", False) and stage < 3 else 1)
 
 
 def largest_micro_batch(setup: Setup, stage: int | None = None, checkpointing: str | None = None) -> int | None:

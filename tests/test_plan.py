@@ -100,6 +100,18 @@ def test_what_is_not_there_at_the_same_time_is_not_added_up():
     assert most == small.gradients + small.step
 
 
+def test_a_cpu_keeps_freed_pages_and_does_one_thing_after_the_other():
+    cpu = replace(GPUS["h100"], is_host=True, slack=2.0, runtime=1e6)
+    one, setup = (replace(make(1, train={"zero_stage": 2, "global_batch": n}).setup, gpu=cpu) for n in (1, 256))
+    few, many = memory(one, 1), memory(setup, 256)
+    states = 1e6 + few.weights + few.optimizer
+    assert few.buffers == few.gradients  # the rest of the bucket is never touched
+    assert few.total == states + 2 * few.gradients + few.step
+    assert many.total == states + 2 * (many.activations + many.logits) + many.gradients + many.step
+    step = step_time(setup, 256)
+    assert step.seconds == pytest.approx(step.products + step.element_wise + step.optimizer + step.host)
+
+
 def test_half_precision_parameters_take_half_but_need_a_master_copy():
     setup = make(gpus=1, train={"precision": "bf16_params"}).setup
     total = sum(setup.parameters.values())
