@@ -80,10 +80,13 @@ CPU_SLACK = 2.0
 CPU_OPERATIONS = 90
 
 
-def measured_cpu(width: int, threads: int = 1, seconds: float = 0.3) -> Gpu:
-    """This machine's CPU as a `Gpu`, measured now: fp32 products of a model of this width, copies, operations."""
+def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
+    """One core of this machine as a `Gpu`, measured now: fp32 products of a model of this width, copies, operations.
+
+    CPU time is what is counted, so that other work on the machine changes it little.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         rows, inner = 512, 4 * width
         x, weight, gradient = torch.randn(rows, width), torch.randn(inner, width), torch.randn(rows, inner)
@@ -120,7 +123,7 @@ def measured_cpu(width: int, threads: int = 1, seconds: float = 0.3) -> Gpu:
 def _median(work: Callable[[], object], seconds: float) -> float:
     readings, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(readings) < 5:
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        readings.append(time.perf_counter() - start)
+        readings.append(time.process_time() - start)
     return statistics.median(readings)
