@@ -71,10 +71,10 @@ def bandwidth(text: str) -> float:
 
 
 # Of a training process on a CPU beyond its tensors: code pages that the kernels' libraries touch, and Python's objects;
-# and glibc's malloc, which cannot fill all the gaps that blocks of changing sizes leave. Calibrated on two of the runs
-# in benchmarks/results/plan.md, which names them.
+# and glibc's malloc, which cannot fill all the gaps that blocks of changing sizes leave. Fitted to the memory of the
+# runs that are marked in benchmarks/results/plan.md.
 CPU_RUNTIME = 48 * 2**20
-CPU_SLACK = 2.0
+CPU_SLACK = 1.7
 # Operations of a step for each parameter tensor, those within others included, as PyTorch's profiler counts them on
 # `tiny`: 13,500 in stage 2 and 14,800 in stage 0 for 157 tensors. AdamW alone takes half of them.
 CPU_OPERATIONS = 90

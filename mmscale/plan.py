@@ -20,8 +20,8 @@ They are not there all at once. Weights and optimizer are; of the rest, the larg
     backward ends     gradients, buffers
     update            gradients, step; the buffers in stage 3, which never gives them back
 
-On a CPU malloc keeps the pages of all but large blocks, so that activations or gradients, whichever are more, stay
-while the buffers are there, and while the gradients are copied into the flat one of stages 1 to 3 and updated with.
+On a CPU malloc keeps the pages of all but large blocks, and gradients do not fill the gaps that activations leave: both
+stay while the buffers are there, and while stages 1 to 3 copy the gradients into a flat one and update with it.
 
 Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
 since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and OPTIMIZER_BYTES a
@@ -229,14 +229,14 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     activations = micro_batch * saved_bytes(setup, checkpointing)
     step = 4 * (gpu.step_copies if stage else gpu.step_copies_unsharded) * total / shard[1]
     accumulates = train.global_batch // ranks > micro_batch
-    in_backward = gpu.slack * (activations + logits) + gradients * accumulates
+    in_backward = gpu.slack * (activations + logits)
     if gpu.is_host:
-        heap = max(in_backward, gradients)
+        heap = in_backward + gradients
         flat = gradient * total / shard[1] if stage else 0.0
         moments = (heap + buffers, heap + flat + step + buffers * (stage == 3))
     else:
         moments = (
-            in_backward + buffers * (stage > 0),
+            in_backward + gradients * accumulates + buffers * (stage > 0),
             gradients + buffers,
             gradients + step + buffers * (stage == 3),
         )
