@@ -9,7 +9,8 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     optimizer    8 P     Adam's two moments, and 4 P of DeepSpeed's own fp32 copy,         stages 1, 2, 3: / N
                          which only stage 0 with fp32 parameters does without
     buffers      what DeepSpeed collects gradients in: all of `reduce_bucket_size` (default 5e8 elements) is allocated
-                 in stages 1 to 3, twice with `overlap_comm`; stage 0, and a CPU, hold no more than the gradients
+                 in stages 1 to 3, twice with `overlap_comm`; stage 0, and a CPU, hold no more than the gradients;
+                 and the weights that stage 3 has gathered, `stage3_max_live_parameters` (default 1e9)
     step         PyTorch's AdamW keeps square roots of the second moments while it updates: 4 P   stages 1-3: / N
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
     logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
@@ -225,7 +226,7 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     weights = weight * total / shard[3]
     gradients = gradient * total / shard[2]
     optimizer = (8 + master) * total / shard[1]
-    buffers = _buffers(setup, stage, total * gradient, gradient)
+    buffers = _buffers(setup, stage, total, weight, gradient)
     activations = micro_batch * saved_bytes(setup, checkpointing)
     step = 4 * (gpu.step_copies if stage else gpu.step_copies_unsharded) * total / shard[1]
     accumulates = train.global_batch // ranks > micro_batch
@@ -244,13 +245,16 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     return Memory(weights, gradients, optimizer, buffers, activations, logits, step, most)
 
 
-def _buffers(setup: Setup, stage: int, all_gradients: float, gradient: int) -> float:
-    """Bytes of the buckets in which DeepSpeed collects gradients."""
+def _buffers(setup: Setup, stage: int, total: int, weight: int, gradient: int) -> float:
+    """Bytes of the buckets in which DeepSpeed collects gradients, and of the weights that stage 3 gathers."""
     options = setup.config.deepspeed.get("zero_optimization", {})
-    bucket = gradient * options.get("reduce_bucket_size", 5e8)
+    bucket = options.get("reduce_bucket_size", 5e8)
     if stage == 0 or setup.gpu.is_host:
-        return min(bucket, all_gradients)
-    return bucket * (2 if options.get("overlap_comm", False) and stage < 3 else 1)
+        bucket = min(bucket, total)
+    elif options.get("overlap_comm", False) and stage < 3:
+        bucket *= 2
+    live = options.get("stage3_max_live_parameters", 1e9) if stage == 3 else 0
+    return gradient * bucket + weight * min(live, total)
 
 
 def largest_micro_batch(setup: Setup, stage: int | None = None, checkpointing: str | None = None) -> int | None:

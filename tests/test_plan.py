@@ -96,6 +96,8 @@ def test_what_is_not_there_at_the_same_time_is_not_added_up():
     assert rest(64, 1)[1] == need.activations / 2 + rest(64, 1)[0].logits + bucket + 4 * total  # accumulation
     need, most = rest(128, 0)
     assert most == need.activations + need.logits and need.buffers == 4 * total
+    assert rest(128, 3)[0].buffers == bucket + 4 * total  # the weights it has gathered
+    assert rest(128, 3, stage3_max_live_parameters=1e6)[0].buffers == bucket + 4e6
     small, most = rest(1, 0, reduce_bucket_size=1000)
     assert most == small.gradients + small.step
 
