@@ -41,10 +41,15 @@ export_environment() {
 }
 
 # use_route_to ADDRESS: gloo otherwise listens where the host's own name points to, which on Debian and Ubuntu is the
-# loopback address 127.0.1.1, out of reach of other machines.
+# loopback address 127.0.1.1, out of reach of other machines. No way there ends the script with 1: there may be one later.
 use_route_to() {
-    GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$(python "$MMSCALE_ROOT/launch/route.py" "$1")} || exit 2
+    GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$(python "$MMSCALE_ROOT/launch/route.py" "$1")} || exit 1
     export GLOO_SOCKET_IFNAME
+}
+
+# free_port: a port of this machine that nobody listens on.
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
 # begin_run CONFIG [OVERRIDES]: sets RUN_DIR and STARTED; a bad config ends the script here with code 2.
@@ -61,19 +66,18 @@ begin_run() {
 # shellcheck disable=SC2034 # the caller reads LAUNCHER_CODE
 run_launcher() {
     setsid "$@" &
-    local launcher=$! asked=0
+    local launcher=$! asked=0 interrupted=0
     trap '_stop_launcher' TERM INT
-    LAUNCHER_CODE=0
-    wait "$launcher" || LAUNCHER_CODE=$?
-    while kill -0 "$launcher" 2>/dev/null; do # a signal has interrupted `wait`
-        LAUNCHER_CODE=0
+    while true; do # a signal interrupts `wait`, which then gives the signal's code and not the launcher's
+        interrupted=0 LAUNCHER_CODE=0
         wait "$launcher" || LAUNCHER_CODE=$?
+        [ "$interrupted" -eq 1 ] || break
     done
     trap - TERM INT
 }
 
 _stop_launcher() {
-    asked=$((asked + 1))
+    interrupted=1 asked=$((asked + 1))
     if [ "$asked" -eq 1 ]; then
         echo "asked to stop: the ranks save and leave; once more to kill them" >&2
         touch "$RUN_DIR/STOP"

@@ -19,8 +19,8 @@ source "$(dirname "$0")/common.sh"
 min_hosts=() launcher=pdsh
 while [ $# -gt 0 ]; do
     case $1 in
-        --min-hosts) min_hosts=(--min-hosts "$2"); shift 2 ;;
-        --launcher) launcher=$2; shift 2 ;;
+        --min-hosts) min_hosts=(--min-hosts "${2:-}"); shift 2 || fail "--min-hosts: give a number" ;;
+        --launcher) launcher=${2:-}; shift 2 || fail "--launcher: give its name" ;;
         -h | --help) usage; exit 0 ;;
         -*) fail "unknown option $1; see $0 --help" ;;
         *) break ;;

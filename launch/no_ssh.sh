@@ -17,6 +17,8 @@ case ${1:---help} in -h | --help) usage; exit 0 ;; esac
 for name in NODES NODE_RANK MASTER_ADDR; do
     [ -n "${!name:-}" ] || fail "$name is not set; see $0 --help"
 done
+[[ $NODES =~ ^[0-9]+$ && $NODE_RANK =~ ^[0-9]+$ && $NODE_RANK -lt $NODES ]] ||
+    fail "NODES=$NODES NODE_RANK=$NODE_RANK: give numbers, the second from 0 up to below the first"
 begin_run "$@"
 gpus=$(num_accelerators)
 [ "$gpus" -gt 0 ] && ranks=${NPROC:-$gpus} || ranks=${NPROC:-1}

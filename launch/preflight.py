@@ -33,6 +33,8 @@ MAX_CLOCK_DIFFERENCE_S = 5.0
 TIMEOUT_S = 90.0
 # Every shard is looked up; this many of them, evenly spread, are opened.
 SHARDS_TO_OPEN = 64
+# What ssh says of a machine that is there, but that will not let us in until somebody has done something about it.
+SSH_REFUSALS = ("Permission denied", "Host key verification failed", "Bad configuration option")
 MISTAKE, OUT_OF_REACH = 2, 1
 
 
@@ -58,6 +60,10 @@ def main() -> int:
     try:
         hosts = read_hostfile(args.hostfile)
         config = load_config(args.config)
+        if args.min_hosts is not None and not 1 <= args.min_hosts <= len(hosts):
+            raise UserError(
+                f"--min-hosts {args.min_hosts}: {args.hostfile} lists {len(hosts)}; give a number up to that"
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
@@ -126,9 +132,10 @@ def ask(host: Host, config: Path, nonce: Path, port: int, is_first: bool) -> Non
     last = (done.stderr.strip().splitlines() or [""])[-1]
     if done.returncode == 255:  # ssh's own
         host.wrong.append(f"not reachable: {last}")
+        host.reached = any(refusal in last for refusal in SSH_REFUSALS)
         return
     host.reached = True
-    if done.returncode != 0:
+    if done.returncode != 0 or not done.stdout.strip():
         host.wrong.append(f"{sys.executable} cannot run the check there: {last}")
         return
     host.facts = json.loads(done.stdout.splitlines()[-1])

@@ -2,13 +2,17 @@
 
 import socket
 import sys
+import time
 
 import psutil
+
+# A pod or a machine that is still starting has no name yet.
+WAIT_FOR_NAME_S = 120.0
 
 
 def interface_to(address: str) -> str:
     """The interface whose own address a packet to `address` would carry. Raises OSError when there is no way there."""
-    family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    family, target = _resolve(address)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # nothing is sent
         own = probe.getsockname()[0]
@@ -16,6 +20,18 @@ def interface_to(address: str) -> str:
         if any(entry.address.partition("%")[0] == own for entry in addresses):
             return name
     raise OSError(f"no interface has the address {own}")
+
+
+def _resolve(address: str) -> tuple[int, tuple]:
+    deadline = time.monotonic() + WAIT_FOR_NAME_S
+    while True:
+        try:
+            family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+            return family, target
+        except socket.gaierror:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
 
 
 if __name__ == "__main__":

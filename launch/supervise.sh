@@ -17,13 +17,15 @@ source "$(dirname "$0")/common.sh"
 retries=5 backoff=10
 while [ $# -gt 0 ]; do
     case $1 in
-        --retries) retries=$2; shift 2 ;;
-        --backoff) backoff=$2; shift 2 ;;
+        --retries) retries=${2:-}; shift 2 || fail "--retries: give a number" ;;
+        --backoff) backoff=${2:-}; shift 2 || fail "--backoff: give seconds" ;;
         --) shift; break ;;
         -h | --help) usage; exit 0 ;;
         *) fail "$1: put -- before the launcher; see $0 --help" ;;
     esac
 done
+[[ $retries =~ ^[0-9]+$ ]] || fail "--retries $retries: give a whole number"
+[[ $backoff =~ ^[0-9]+$ ]] || fail "--backoff $backoff: give whole seconds"
 [ $# -gt 0 ] || fail "no launcher given; see $0 --help"
 
 # The launch script writes its run.dir here, since only it reads the config.
@@ -31,18 +33,19 @@ MMSCALE_RUN_DIR_FILE=$(mktemp)
 export MMSCALE_RUN_DIR_FILE
 trap 'rm -f "$MMSCALE_RUN_DIR_FILE"' EXIT
 # Signals go to the launch script, which ends its ranks with a checkpoint; a run that was asked to stop stays stopped.
-child=0 asked=0
-trap 'asked=1; [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null' TERM INT
+child=0 asked=0 interrupted=0
+trap 'asked=1 interrupted=1; [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 
 failures=0 last_position=none last_samples=-1 pause=$backoff
 while true; do
     started=$(date +%s.%N)
     "$@" &
     child=$!
-    code=0
-    wait "$child" || code=$?
-    # A signal interrupts `wait`; the launch script itself may need longer.
-    while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
+    while true; do # a signal interrupts `wait`, which then gives the signal's code and not the launch script's
+        interrupted=0 code=0
+        wait "$child" || code=$?
+        [ "$interrupted" -eq 1 ] || break
+    done
     child=0
     case $code in 0 | 2 | 75) exit "$code" ;; esac
     [ "$asked" -eq 0 ] || exit "$code"

@@ -426,11 +426,12 @@ def _add_demo(verbs) -> None:
 def _add_plan(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.config import load_config
-        from mmscale.plan import draw_sweep, plan, sweep, sweep_table
+        from mmscale.plan import plan, sweep
+        from mmscale.report.plan_tables import describe, draw_sweep, sweep_table
 
         config = load_config(args.config, args.overrides)
         base = plan(config, args.gpus, args.gpu, args.net, args.price, args.text_tokens)
-        print(base.text())
+        print(describe(base))
         if args.sweep:
             plans = list(sweep(base))
             print(f"\n{sweep_table(plans)}")

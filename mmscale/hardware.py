@@ -1,11 +1,13 @@
 """What a plan has to know about machines: GPUs by their data sheets, this machine's CPU by measuring it."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from mmscale.errors import UserError
 
@@ -15,7 +17,17 @@ EFFICIENCY = 0.55  # of the peak, for large bf16 products as cuBLAS does them
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator: dense bf16 FLOP/s, memory [bytes] and its bandwidth, and the bandwidth to its neighbours."""
+    """One accelerator: dense bf16 FLOP/s, memory [bytes] and its bandwidth, and the bandwidth to its neighbours.
+
+    operations: that a step takes for each parameter tensor. 8 kernels on a GPU: 5 of forward and backward, which
+        PyTorch's profiler counts on `tiny` (157 tensors, 740), and 3 of DeepSpeed's buckets; the update is few.
+    operation_s: seconds in which the host issues one: 4 to 6 us for a kernel
+        (https://susun-blog.com/blog/pegainfer-3-cuda-graph).
+    is_host: a CPU that trains: nothing runs beside it, and of what is allocated only the pages in use count.
+    runtime, slack: calibration of `memory` on a CPU: bytes beside the tensors, and what the allocator holds for a byte
+        of memory that comes and goes.
+    element_wise: bytes per second of element-wise work; the memory's bandwidth when None.
+    """
 
     flops: float
     memory: float
@@ -26,6 +38,12 @@ class Gpu:
     efficiency: float = EFFICIENCY
     step_copies: float = 1.0  # of the second moments, which PyTorch's AdamW makes while it updates
     step_copies_unsharded: float = 1.0  # the same where the parameters are not one flat tensor
+    operations: int = 8
+    operation_s: float = 5e-6
+    is_host: bool = False
+    runtime: float = 0.0
+    slack: float = 1.0
+    element_wise: float | None = None
 
 
 # From the makers' data sheets.
@@ -44,31 +62,68 @@ def bandwidth(text: str) -> float:
         number = text.removesuffix(unit)
         if number != text:
             try:
-                return float(number) * size
+                rate = float(number) * size
             except ValueError:
                 break
+            if 0 < rate < math.inf:
+                return rate
     raise UserError(f"--net {text}: write it as 400Gb (bits per second and GPU) or 50GB (bytes)")
 
 
-def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
-    """This machine's CPU as a `Gpu`: its fp32 matrix products and memory bandwidth, measured now."""
+# Of a training process on a CPU beyond its tensors: code pages that the kernels' libraries touch, and Python's objects;
+# and glibc's malloc, which cannot fill all the gaps that blocks of changing sizes leave. Fitted to the memory of the
+# runs that are marked in benchmarks/results/plan.md.
+CPU_RUNTIME = 48 * 2**20
+CPU_SLACK = 1.7
+# Operations of a step for each parameter tensor, those within others included, as PyTorch's profiler counts them on
+# `tiny`: 13,500 in stage 2 and 14,800 in stage 0 for 157 tensors. AdamW alone takes half of them.
+CPU_OPERATIONS = 90
+
+
+def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
+    """One core of this machine as a `Gpu`, measured now: fp32 products of a model of this width, copies, operations.
+
+    CPU time is what is counted, so that other work on the machine changes it little.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        a, b = torch.randn(512, 768), torch.randn(768, 768)
-        flops = 2 * 512 * 768**2 / _best(lambda: a @ b, seconds)
+        rows, inner = 512, 4 * width
+        x, weight, gradient = torch.randn(rows, width), torch.randn(inner, width), torch.randn(rows, inner)
+        products = (lambda: x @ weight.T, lambda: gradient @ weight, lambda: gradient.T @ x)
+        flops = 3 * 2 * rows * width * inner / sum(_median(work, seconds) for work in products)
         source, target = torch.ones(2**24), torch.ones(2**24)  # touched: untouched pages would all be one
-        copied = 2 * 4 * 2**24 / _best(lambda: target.copy_(source), seconds)
+        copied = 2 * 4 * 2**24 / _median(lambda: target.copy_(source), seconds)
+        mixed = (lambda: x + x, lambda: F.gelu(x), lambda: F.layer_norm(x, (width,)))
+        element_wise = 3 * 2 * 4 * rows * width / sum(_median(work, seconds) for work in mixed)
+        one = torch.ones(1)
+        operation_s = _median(lambda: one + one, seconds)
     finally:
         torch.set_num_threads(before)
     # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
-    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0, step_copies=2.0, step_copies_unsharded=0.0)
+    return Gpu(
+        flops=2 * flops,
+        memory=math.inf,
+        hbm=copied,
+        neighbours=copied,
+        per_machine=1,
+        price=None,
+        efficiency=1.0,
+        step_copies=2.0,
+        step_copies_unsharded=0.0,
+        operations=CPU_OPERATIONS,
+        operation_s=operation_s,
+        is_host=True,
+        runtime=CPU_RUNTIME,
+        slack=CPU_SLACK,
+        element_wise=element_wise,
+    )
 
 
-def _best(work: Callable[[], object], seconds: float) -> float:
-    best, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+def _median(work: Callable[[], object], seconds: float) -> float:
+    readings, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(readings) < 5:
+        start = time.process_time()
         work()
-        best = min(best, time.perf_counter() - start)
-    return best
+        readings.append(time.process_time() - start)
+    return statistics.median(readings)

@@ -8,24 +8,36 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     gradients    g P     g = w, or 4 with `train.grad_dtype: fp32`                         stages 2, 3: / N
     optimizer    8 P     Adam's two moments, and 4 P of DeepSpeed's own fp32 copy,         stages 1, 2, 3: / N
                          which only stage 0 with fp32 parameters does without
-    buffers      what DeepSpeed collects gradients in: at most `reduce_bucket_size` elements (default 5e8)
+    buffers      what DeepSpeed collects gradients in: all of `reduce_bucket_size` (default 5e8 elements) is allocated
+                 in stages 1 to 3, twice with `overlap_comm`; stage 0, and a CPU, hold no more than the gradients;
+                 and the weights that stage 3 has gathered, `stage3_max_live_parameters` (default 1e9)
     step         PyTorch's AdamW keeps square roots of the second moments while it updates: 4 P   stages 1-3: / N
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
     logits       the vocabulary head's chunk (64 MiB of fp32 logits and their gradient) and its weight's gradient
 
-Activations are gone when the update comes, so that the larger of activations with logits and of `step` counts.
+They are not there all at once. Weights and optimizer are; of the rest, the largest of three moments counts:
+
+    backward begins   activations, logits, the buffers of stages 1 to 3; the gradients only with accumulation
+    backward ends     gradients, buffers
+    update            gradients, step; the buffers in stage 3, which never gives them back
+
+On a CPU malloc keeps the pages of all but large blocks, and gradients do not fill the gaps that activations leave: both
+stay while the buffers are there, and while stages 1 to 3 copy the gradients into a flat one and update with it.
 
 Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
-since it moves each saved activation about MOVES times; the optimizer moves 28 bytes a parameter; then communication,
-which DeepSpeed does not overlap unless told so:
+since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and OPTIMIZER_BYTES a
+parameter; then communication, which DeepSpeed does not overlap unless told so:
 
     stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
     stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
     embeddings   4 E (global batch)  bytes gathered, and as many in the backward pass
 
-The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
+The host meanwhile issues the operations, `Gpu.operations` for each parameter tensor. A GPU works beside its host, so
+that the slower of the two counts; on a CPU they are one, and add up. The slower of this and of the loader, which has
+CORES_PER_GPU cores, is the step.
 """
 
+import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -39,10 +51,15 @@ from mmscale.config import Config
 from mmscale.errors import UserError
 from mmscale.hardware import GIB, GPUS, Gpu, bandwidth
 from mmscale.model.configuration_mmscale import MMScaleConfig
-from mmscale.model.flops import decoder_flops, forward_flops, text_flops, training_flops, vision_flops
+from mmscale.model.flops import decoder_flops, forward_flops, training_flops
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model_config
 
+# Bytes moved for a parameter. Gradient: into the bucket, divided by the ranks, out again, each read and written.
+# Update of a rank's share: AdamW in the eight passes of PyTorch's `foreach` (20 reads and writes), norm, clipping, and
+# the copy of the new weights.
+GRADIENT_BYTES = 24
+OPTIMIZER_BYTES = 80 + 4 + 8 + 8
 MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
 CORES_PER_GPU = 12
@@ -56,7 +73,7 @@ DEFAULT_TEXT_TOKENS = 24  # captions from the web are short; at most the context
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, by kind."""
+    """Bytes on one GPU, by kind; `total` is the most that is there at a time, see the module's docstring."""
 
     weights: float
     gradients: float
@@ -65,11 +82,7 @@ class Memory:
     activations: float
     logits: float
     step: float
-
-    @property
-    def total(self) -> float:
-        states = self.weights + self.gradients + self.optimizer + self.buffers
-        return states + max(self.activations + self.logits, self.step)
+    total: float
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,16 @@ class Step:
     element_wise: float
     optimizer: float
     network: float
+    host: float
     loader: float
     overlaps: bool
+    is_host: bool
 
     @property
     def device(self) -> float:
         compute = self.products + self.element_wise
-        return (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
+        device = (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
+        return device + self.host if self.is_host else max(device, self.host)
 
     @property
     def seconds(self) -> float:
@@ -94,9 +110,13 @@ class Step:
 
     @property
     def binds(self) -> str:
-        parts = {"compute": self.products, "memory bandwidth": self.element_wise + self.optimizer}
-        parts["network"] = self.network
-        return "loader" if self.loader > self.device else max(parts, key=parts.get)
+        if self.loader > self.device:
+            return "loader"
+        if self.is_host or self.host < self.device:
+            parts = {"compute": self.products, "memory bandwidth": self.element_wise + self.optimizer}
+            parts["network"] = self.network
+            return max(parts, key=parts.get)
+        return "kernel launches"
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,7 @@ class Setup:
     model: MMScaleConfig
     text_tokens: int
     gpu: Gpu
+    gpu_name: str
     gpus: int
     network: float  # bytes per second and GPU, between machines
     price: float | None  # per GPU and hour
@@ -122,18 +143,23 @@ class Setup:
 
 def count_parameters(model: MMScaleConfig) -> dict[str, int]:
     """Parameters by part, of a model that is described but not made."""
-    return _count_parameters(model.to_json_string(use_diff=False))
+    parts: dict[str, int] = {}
+    for name, size in _parameter_sizes(model.to_json_string(use_diff=False)).items():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+def count_tensors(model: MMScaleConfig) -> int:
+    """Parameter tensors."""
+    return len(_parameter_sizes(model.to_json_string(use_diff=False)))
 
 
 @cache  # describing a large model takes a second, and its memory is asked for again and again
-def _count_parameters(model: str) -> dict[str, int]:
+def _parameter_sizes(model: str) -> dict[str, int]:
     with torch.device("meta"):
         described = MMScaleModel(MMScaleConfig(**json.loads(model)))
-    parts: dict[str, int] = {}
-    for name, parameter in described.named_parameters():
-        part = name.partition(".")[0]
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return parts
+    return {name: parameter.numel() for name, parameter in described.named_parameters()}
 
 
 def saved_bytes(setup: Setup, checkpointing: str | None = None) -> float:
@@ -184,7 +210,7 @@ def saved_bytes(setup: Setup, checkpointing: str | None = None) -> float:
 
 def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointing: str | None = None) -> Memory:
     """Bytes on one GPU; see the module's docstring."""
-    train = setup.config.train
+    train, gpu = setup.config.train, setup.gpu
     stage = setup.stage if stage is None else stage
     total, ranks = sum(setup.parameters.values()), setup.gpus
     half = train.precision in ("bf16_params", "fp16")
@@ -192,21 +218,43 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     gradient = 4 if train.grad_dtype == "fp32" or not half else 2
     shard = {level: ranks if stage >= level else 1 for level in (1, 2, 3)}
     master = 0 if stage == 0 and not half else 4
-    bucket = setup.config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
     logits = 0.0
     if setup.model.decoder_config.layers:
         rows = min(micro_batch * (setup.text_tokens - 1), (1 << 24) / setup.model.vocab_size)
         logits = rows * setup.model.vocab_size * (4 + (2 if train.precision != "fp32" else 0))
         logits += 4.0 * setup.model.vocab_size * setup.model.text_config.width
-    return Memory(
-        weights=weight * total / shard[3],
-        gradients=gradient * total / shard[2],
-        optimizer=(8 + master) * total / shard[1],
-        buffers=min(bucket, total) * gradient,
-        activations=micro_batch * saved_bytes(setup, checkpointing),
-        logits=logits,
-        step=4 * (setup.gpu.step_copies if stage else setup.gpu.step_copies_unsharded) * total / shard[1],
-    )
+    weights = weight * total / shard[3]
+    gradients = gradient * total / shard[2]
+    optimizer = (8 + master) * total / shard[1]
+    buffers = _buffers(setup, stage, total, weight, gradient)
+    activations = micro_batch * saved_bytes(setup, checkpointing)
+    step = 4 * (gpu.step_copies if stage else gpu.step_copies_unsharded) * total / shard[1]
+    accumulates = train.global_batch // ranks > micro_batch
+    in_backward = gpu.slack * (activations + logits)
+    if gpu.is_host:
+        heap = in_backward + gradients
+        flat = gradient * total / shard[1] if stage else 0.0
+        moments = (heap + buffers, heap + flat + step + buffers * (stage == 3))
+    else:
+        moments = (
+            in_backward + gradients * accumulates + buffers * (stage > 0),
+            gradients + buffers,
+            gradients + step + buffers * (stage == 3),
+        )
+    most = gpu.runtime + weights + optimizer + max(moments)
+    return Memory(weights, gradients, optimizer, buffers, activations, logits, step, most)
+
+
+def _buffers(setup: Setup, stage: int, total: int, weight: int, gradient: int) -> float:
+    """Bytes of the buckets in which DeepSpeed collects gradients, and of the weights that stage 3 gathers."""
+    options = setup.config.deepspeed.get("zero_optimization", {})
+    bucket = options.get("reduce_bucket_size", 5e8)
+    if stage == 0 or setup.gpu.is_host:
+        bucket = min(bucket, total)
+    elif options.get("overlap_comm", False) and stage < 3:
+        bucket *= 2
+    live = options.get("stage3_max_live_parameters", 1e9) if stage == 3 else 0
+    return gradient * bucket + weight * min(live, total)
 
 
 def largest_micro_batch(setup: Setup, stage: int | None = None, checkpointing: str | None = None) -> int | None:
@@ -236,13 +284,16 @@ def step_time(setup: Setup, micro_batch: int) -> Step:
     peak = gpu.flops if config.train.precision != "fp32" else gpu.flops / 2  # TF32
     total = sum(setup.parameters.values())
     half = config.train.precision in ("bf16_params", "fp16")
+    updated = total / (ranks if setup.stage else 1)
     return Step(
         products=share * flops / (gpu.efficiency * peak),
-        element_wise=share * MOVES * saved_bytes(setup, "none") / gpu.hbm,
-        optimizer=28 * total / (ranks if setup.stage else 1) / gpu.hbm,
+        element_wise=share * MOVES * saved_bytes(setup, "none") / (gpu.element_wise or gpu.hbm),
+        optimizer=(GRADIENT_BYTES * total * accumulation + OPTIMIZER_BYTES * updated) / gpu.hbm,
         network=_network_time(setup, total, 2 if half else 4, accumulation),
+        host=gpu.operations * count_tensors(setup.model) * accumulation * gpu.operation_s,
         loader=share * LOADER_CPU_S[config.data.decode] / CORES_PER_GPU,
         overlaps=bool(config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False)),
+        is_host=gpu.is_host,
     )
 
 
@@ -269,6 +320,10 @@ class Plan:
     vocabulary_is_assumed: bool
 
     @property
+    def fits(self) -> bool:
+        return self.memory.total <= USABLE * self.setup.gpu.memory
+
+    @property
     def samples_per_s(self) -> float:
         return self.setup.config.train.global_batch / self.step.seconds
 
@@ -285,10 +340,6 @@ class Plan:
     def cost(self) -> float | None:
         price = self.setup.price
         return None if price is None else self.days * 24 * self.setup.gpus * price
-
-    def text(self) -> str:
-        """The plan as tables for a terminal."""
-        return "\n".join(_describe(self))
 
 
 def plan(
@@ -310,20 +361,33 @@ def plan(
     Raises:
         UserError: an unknown GPU or bandwidth, a batch that does not divide, or a model that does not fit.
     """
-    if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: choose one of {', '.join(GPUS)}")
+    if gpu.lower() not in GPUS:
+        near = difflib.get_close_matches(gpu.lower(), GPUS, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--gpu {gpu}: {hint}choose one of {', '.join(GPUS)}")
+    if text_tokens is not None and text_tokens < 2:
+        raise UserError(f"--text-tokens {text_tokens}: a caption has at least 2, its start and end marks")
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price {price}: give what a GPU hour costs")
     vocabulary = _vocabulary(config)
     model = build_model_config(config.model, vocabulary or DEFAULT_VOCABULARY, contrastive=config.objective.contrastive)
     tokens = min(text_tokens or DEFAULT_TEXT_TOKENS, model.text_config.context_length)
-    kind = GPUS[gpu]
-    setup = Setup(config, model, tokens, kind, gpus, bandwidth(net), kind.price if price is None else price)
+    kind = GPUS[gpu.lower()]
+    setup = Setup(
+        config, model, tokens, kind, gpu.upper(), gpus, bandwidth(net), kind.price if price is None else price
+    )
     return _work_out(setup, vocabulary is None)
 
 
 def _work_out(setup: Setup, vocabulary_is_assumed: bool) -> Plan:
     train = setup.config.train
-    if setup.gpus < 1 or train.global_batch % setup.gpus:
-        raise UserError(f"--gpus {setup.gpus}: does not divide train.global_batch, {train.global_batch}")
+    if setup.gpus < 1:
+        raise UserError(f"--gpus {setup.gpus}: give a number from 1 on")
+    if train.global_batch % setup.gpus:
+        near = [n for n in range(1, train.global_batch + 1) if train.global_batch % n == 0]
+        below, above = max(n for n in near if n <= setup.gpus), min((n for n in near if n > setup.gpus), default=None)
+        fits = f"{below} or {above}" if above else str(below)
+        raise UserError(f"--gpus {setup.gpus}: does not divide train.global_batch, {train.global_batch}; {fits} would")
     micro = train.micro_batch if train.micro_batch else largest_micro_batch(setup)
     if micro is None:
         need = memory(setup, 1).total / GIB
@@ -351,76 +415,3 @@ def sweep(base: Plan, most: int = 4096) -> Iterator[Plan]:
             yield _work_out(setup, base.vocabulary_is_assumed)
         except UserError:
             continue
-
-
-def sweep_table(plans: list[Plan]) -> str:
-    lines = [f"{'GPUs':>6} {'micro':>6} {'samples/s':>12} {'MFU':>6} {'days':>9} {'price':>12}  binds"]
-    for item in plans:
-        price = "-" if item.cost is None else f"{item.cost:,.0f}"
-        lines.append(
-            f"{item.setup.gpus:>6} {item.micro_batch:>6} {item.samples_per_s:>12,.0f} {item.mfu:>6.1%} "
-            f"{item.days:>9.2f} {price:>12}  {item.step.binds}"
-        )
-    return "\n".join(lines)
-
-
-def draw_sweep(plans: list[Plan], path: str | Path) -> None:
-    """Throughput and price against the number of GPUs, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    gpus = [item.setup.gpus for item in plans]
-    axes.loglog(gpus, [item.samples_per_s for item in plans], "o-", base=2, label="samples per second")
-    ideal = plans[0].samples_per_s / gpus[0]
-    axes.loglog(gpus, [ideal * n for n in gpus], ":", base=2, color="grey", label="proportional")
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("samples per second")
-    axes.legend(loc="upper left")
-    if all(item.cost is not None for item in plans):
-        price = axes.twinx()
-        price.plot(gpus, [item.cost for item in plans], "s--", color="tab:red")
-        price.set_ylabel("price of the run", color="tab:red")
-        price.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
-
-
-def _describe(plan: Plan) -> Iterator[str]:
-    setup, train = plan.setup, plan.setup.config.train
-    parts = setup.parameters
-    text_length = setup.text_tokens
-    yield "parameters    " + ", ".join(f"{name} {count / 1e6:,.1f}M" for name, count in parts.items() if count > 1)
-    yield f"              {sum(parts.values()) / 1e6:,.1f}M in all"
-    flops = {"vision": vision_flops(setup.model), "text": text_flops(setup.model, text_length)}
-    flops["decoder"] = decoder_flops(setup.model, text_length - 1)
-    yield "GFLOPs        " + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in flops.items()) + " forward;"
-    yield f"              {training_flops(setup.model, text_length) / 1e9:,.1f} a sample in training"
-    assumed = [f"captions of {text_length} tokens"]
-    if plan.vocabulary_is_assumed:
-        assumed.append(f"a vocabulary of {setup.model.vocab_size:,} (tokenizer.path is not there)")
-    yield f"assumed       {', '.join(assumed)}"
-    yield ""
-    accumulation = train.global_batch // setup.gpus // plan.micro_batch
-    yield f"{setup.gpus} GPUs x micro-batch {plan.micro_batch} x accumulation {accumulation} = {train.global_batch}"
-    yield ""
-    yield f"{'GiB per GPU':<26}" + "".join(f"{name:>12}" for name in (*vars(plan.memory), "total", "largest"))
-    own = setup.config.model.checkpoint
-    for stage in range(4):
-        for checkpointing in dict.fromkeys(("none", own, "full")):
-            need = memory(setup, plan.micro_batch, stage, checkpointing)
-            mark = "*" if (stage, checkpointing) == (train.zero_stage, own) else " "
-            values = "".join(f"{value / GIB:>12.2f}" for value in (*vars(need).values(), need.total))
-            largest = largest_micro_batch(setup, stage, checkpointing)
-            yield f"{mark} stage {stage}, checkpoint {checkpointing:<7}{values}{largest or 'no fit':>12}"
-    yield ""
-    step = plan.step
-    shown = {"products": step.products, "element-wise": step.element_wise, "optimizer": step.optimizer}
-    shown |= {"network": step.network, "loader": step.loader}
-    yield "step          " + ", ".join(f"{name} {value * 1e3:,.1f} ms" for name, value in shown.items())
-    yield f"              {step.seconds * 1e3:,.1f} ms in all, bound by: {step.binds}"
-    yield f"throughput    {plan.samples_per_s:,.0f} samples/s, MFU {plan.mfu:.1%}"
-    rate = plan.samples_per_s / setup.gpus
-    cores = rate * LOADER_CPU_S[setup.config.data.decode]
-    yield f"loader        {cores:.1f} cores and {rate * SAMPLE_BYTES / 1e6:,.0f} MB/s for each GPU"
-    money = "" if plan.cost is None else f", {plan.cost:,.0f} at {setup.price:g} per GPU hour"
-    yield f"{train.samples:,} samples  {plan.days:.2f} days{money}"

