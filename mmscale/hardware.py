@@ -62,7 +62,7 @@ def measured_cpu(threads: int, seconds: float = 0.5) -> Gpu:
     finally:
         torch.set_num_threads(before)
     # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
-    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0, step_copies=2.0, step_copies_unsharded=0.0)
+    return Gpu(2 * flops, math.inf, copied, copied, 1, None, efficiency=1.0, step_copies=0.0, step_copies_unsharded=0.0)
 
 
 def _best(work: Callable[[], object], seconds: float) -> float:
