@@ -62,6 +62,7 @@ class Plan:
     seconds: float
     steps: tuple[Step, ...]
     loader: Step
+    decodes: tuple[str, ...]
     loader_rounds: int
     losses: tuple[int, ...]
     generate: tuple[str, int]
@@ -86,6 +87,7 @@ def gpu_plan() -> Plan:
         seconds=4,
         steps=(*grid, *full, *sweep),
         loader=Step("b32", 256),
+        decodes=("exact", "fast"),
         loader_rounds=15,
         losses=(8192, 32768, 131072),
         generate=("b32", 256),
@@ -95,7 +97,17 @@ def gpu_plan() -> Plan:
 
 def dry_plan() -> Plan:
     step = Step("tiny", 4)
-    return Plan(torch.device("cpu"), 0.1, (step, Step("tiny", 4, "full")), step, 2, (64,), ("tiny", 4), step)
+    return Plan(
+        device=torch.device("cpu"),
+        seconds=0.1,
+        steps=(step, Step("tiny", 4, "full")),
+        loader=step,
+        decodes=("exact",),
+        loader_rounds=2,
+        losses=(64,),
+        generate=("tiny", 4),
+        trace=step,
+    )
 
 
 PARTS = ("loader", "trace", "generate", "loss", "steps")  # `steps` last: it takes all the time that is left
@@ -174,7 +186,8 @@ def steps_that_fit(plan: Plan, case: Step) -> tuple[int, list[float], float, flo
             step = None
             batch //= 2
         finally:
-            torch._dynamo.reset()
+            if case.compile:
+                torch._dynamo.reset()
     return 0, [], 0.0, 0.0
 
 
@@ -222,7 +235,7 @@ def measure_loader(report: Report, plan: Plan) -> None:
             }
 
         fleets = {"synthetic": stack.enter_context(Fleet(job("fast"), synthetic=True))}
-        for decode in ("exact", "fast"):
+        for decode in plan.decodes:
             fleets[f"loader, {decode}"] = stack.enter_context(Fleet(job(decode)))
         times: dict[str, list[float]] = {name: [] for name in fleets}
         for _ in range(plan.loader_rounds):

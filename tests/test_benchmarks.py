@@ -1,12 +1,13 @@
 """The benchmarks' own arithmetic: pairing, spread, and what counts as a change."""
 
+import gzip
 import json
 import sys
 import time
 
 import pytest
 
-from benchmarks import run
+from benchmarks import gpu, run
 from benchmarks.common import Report, paired, ratios, write_json
 from benchmarks.compare import main as compare
 from benchmarks.fleet import Fleet
@@ -146,3 +147,14 @@ while True:
         before = reading_ahead.read_text()
         time.sleep(0.2)
         assert reading_ahead.read_text() == before
+
+
+@pytest.mark.slow
+def test_every_part_of_the_gpu_benchmark_runs(tmp_path):
+    trace, output = tmp_path / "trace.json.gz", tmp_path / "gpu.json"
+    gpu.main(["--dry", "--trace", str(trace), "--output", str(output)])
+    cases = {row["case"]: row["median"] for row in json.loads(output.read_text())["results"]}
+    for name in ("step", "loader, exact / synthetic, step time", "loss, forward and backward", "peak memory"):
+        assert name in cases
+    assert cases["generation, pictures encoded"] > 0
+    assert len(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]) > 1000
