@@ -39,6 +39,8 @@ class Fleet:
         synthetic: the first few batches again and again in place of the loader.
         loop: `mmscale`, or a plain loop with `ddp` (PyTorch's DistributedDataParallel) or `deepspeed`.
         threads: of each process.
+        core: process r runs on this machine's core number `core` + r alone; None leaves that to the system, which is
+            slow to find out that two processes share a core while the other one is idle.
         command: what each process runs, in place of this file; it speaks the same lines (see `serve` and `Gate`).
     """
 
@@ -49,11 +51,21 @@ class Fleet:
         synthetic: bool = False,
         loop: str = "mmscale",
         threads: int = 1,
+        core: int | None = None,
         command: list[str] | None = None,
     ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        cores = sorted(os.sched_getaffinity(0))
+
+        def settle(rank: int) -> None:
+            # A process group of its own, so that a signal reaches its loader's processes too. Not a session of its own:
+            # then nobody would end the stopped processes when their parent has died.
+            os.setpgrp()
+            if core is not None:
+                os.sched_setaffinity(0, {cores[(core + rank) % len(cores)]})
+
         job = json.dumps({"config": config, "synthetic": synthetic, "loop": loop})
         self._processes = []
         for rank in range(world_size):
@@ -74,9 +86,7 @@ class Fleet:
                     stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                     text=True,
-                    # A process group of its own, so that a signal reaches its loader's processes too. Not a session of
-                    # its own: then nobody would end the stopped processes when their parent has died.
-                    preexec_fn=os.setpgrp,
+                    preexec_fn=lambda rank=rank: settle(rank),
                 )
             )
         self.facts: dict = self._read()["ready"]

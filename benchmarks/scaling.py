@@ -2,10 +2,11 @@
 
     python -m benchmarks.scaling [--quick] [--processes 1,2] [--models tiny,25M] [--output FILE.json]
 
-All set-ups are alive at once and take turns of a few steps, each process with one thread (or one GPU); those that wait
-are stopped. Weak: the same batch per process. Strong: the same global batch. Efficiency: throughput per process against
-one process. The machine's own ceiling is measured beside it: as many processes as cores, each training alone, without a
-word between them. What they lose against one of them is memory bandwidth, cache and clock, and no software's.
+All set-ups are alive at once and take turns of a few steps, each process with one thread on a core of its own (or with
+one GPU); those that wait are stopped. Weak: the same batch per process. Strong: the same global batch. Efficiency:
+throughput per process against one process. The machine's own ceiling is measured beside it: as many processes as cores,
+each training alone, without a word between them. What they lose against one of them is memory bandwidth, cache and
+clock, and no software's.
 
 Models: `tiny` is that of configs/toy.yaml (2M parameters, pictures of 64 x 64); `25M` has 6 + 6 + 6 layers of width 384
 and 256 on pictures of 224 x 224. Data: toy shards; synthetic means the first batches again and again.
@@ -29,6 +30,7 @@ from mmscale.data.samples import iter_captions
 from mmscale.data.tokenizer import Tokenizer, train_tokenizer
 from mmscale.data.toy import make_toy
 
+PINNED = None if torch.cuda.is_available() else 0  # the first process's core
 TURN = 5  # steps; the first of a turn is dropped, since it warms caches that the others have cooled
 MODELS = {
     "tiny": {"preset": "tiny"},
@@ -65,12 +67,12 @@ class Setups:
         self._turns: dict[str, Callable[[], list[list[float]]]] = {}
 
     def add(self, name: str, job: dict, world: int, **how) -> None:
-        fleet = self._stack.enter_context(Fleet(job, world, **how))
+        fleet = self._stack.enter_context(Fleet(job, world, core=PINNED, **how))
         self._turns[name] = lambda: [fleet.steps(TURN)]
 
     def add_together(self, name: str, job: dict, count: int) -> None:
         """`count` jobs of one process that all work at the same time and know nothing of one another."""
-        fleets = [self._stack.enter_context(Fleet(job, 1, synthetic=True)) for _ in range(count)]
+        fleets = [self._stack.enter_context(Fleet(job, 1, synthetic=True, core=core)) for core in range(count)]
 
         def turn() -> list[list[float]]:
             for fleet in fleets:
@@ -148,7 +150,10 @@ class Scaling:
             self.report.add("strong, efficiency", "ratio", efficiency, "higher", processes=world, **facts)
 
     def loader_fed(self, model: str, workers: list[int]) -> None:
-        """With every core at work on a step the loader has none of its own: its CPU time is what the step loses."""
+        """With every core at work on a step the loader has none of its own: its CPU time is what the step loses.
+
+        What it can have for nothing is the time in which a process waits for another one's message.
+        """
         most = self.worlds[-1]
         with Setups() as setups:
             setups.add("synthetic", self.job(most, model=model), most, synthetic=True)
