@@ -31,7 +31,8 @@ from mmscale.data.tokenizer import Tokenizer, train_tokenizer
 from mmscale.data.toy import make_toy
 
 PINNED = None if torch.cuda.is_available() else 0  # the first process's core
-TURN = 5  # steps; the first of a turn is dropped, since it warms caches that the others have cooled
+TURNS = {"tiny": 5, "25M": 3}  # steps; the first of a turn is dropped: it warms caches that the others have cooled
+PARTS = ("weak", "peers", "strong", "loader", "stages")  # `peers` take part in `weak`
 MODELS = {
     "tiny": {"preset": "tiny"},
     "25M": {
@@ -62,13 +63,14 @@ def toy_job(folder: Path, batch: int, model: str = "tiny", workers: int = 0, **t
 class Setups:
     """Fleets by name that take turns: `measure` gives seconds a step, one reading a turn (its median), by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int):
+        self._turn = turn
         self._stack = ExitStack()
         self._turns: dict[str, Callable[[], list[list[float]]]] = {}
 
     def add(self, name: str, job: dict, world: int, **how) -> None:
         fleet = self._stack.enter_context(Fleet(job, world, core=PINNED, **how))
-        self._turns[name] = lambda: [fleet.steps(TURN)]
+        self._turns[name] = lambda: [fleet.steps(self._turn)]
 
     def add_together(self, name: str, job: dict, count: int) -> None:
         """`count` jobs of one process that all work at the same time and know nothing of one another."""
@@ -76,7 +78,7 @@ class Setups:
 
         def turn() -> list[list[float]]:
             for fleet in fleets:
-                fleet.begin(TURN)
+                fleet.begin(self._turn)
             return [fleet.end() for fleet in fleets]
 
         self._turns[name] = turn
@@ -111,7 +113,7 @@ class Scaling:
     def weak(self, model: str, peers: bool) -> None:
         """The same batch per process, ZeRO-1 and synthetic data, with the machine's ceiling and plain loops."""
         most = self.worlds[-1]
-        with Setups() as setups:
+        with Setups(TURNS[model]) as setups:
             for world in self.worlds:
                 setups.add(str(world), self.job(world, model=model), world, synthetic=True)
             if torch.cuda.device_count() == 0:
@@ -137,7 +139,7 @@ class Scaling:
     def strong(self, model: str) -> None:
         """The same global batch: that of as many processes as there are, in the weak part."""
         most = self.worlds[-1]
-        with Setups() as setups:
+        with Setups(TURNS[model]) as setups:
             for world in self.worlds:
                 setups.add(str(world), self.job(most, model=model), world, synthetic=True)
             times = setups.measure(self.rounds, self.seconds)
@@ -155,7 +157,7 @@ class Scaling:
         What it can have for nothing is the time in which a process waits for another one's message.
         """
         most = self.worlds[-1]
-        with Setups() as setups:
+        with Setups(TURNS[model]) as setups:
             setups.add("synthetic", self.job(most, model=model), most, synthetic=True)
             for number in workers:
                 setups.add(f"{number}", self.job(most, model=model, workers=number), most)
@@ -186,7 +188,7 @@ class Scaling:
 
     def stages(self, model: str) -> None:
         most = self.worlds[-1]
-        with Setups() as setups:
+        with Setups(TURNS[model]) as setups:
             for stage in range(4):
                 setups.add(str(stage), self.job(most, model=model, zero_stage=stage), most, synthetic=True)
             times = setups.measure(self.rounds, self.seconds)
@@ -203,7 +205,7 @@ def main() -> None:
         "--processes", help="comma-separated numbers of processes (default: 1 and all of this machine)"
     )
     options.add_argument("--models", help=f"comma-separated, of: {', '.join(MODELS)} (default: all; quick: tiny)")
-    options.add_argument("--parts", default="weak,strong,loader,stages", help="comma-separated")
+    options.add_argument("--parts", help=f"comma-separated, of: {', '.join(PARTS)} (default: all; quick: weak, loader)")
     options.add_argument("--batch", type=int, default=32, help="samples of each process")
     options.add_argument("--rounds", type=int, help="turns of each set-up (default: 50, quick: 6)")
     options.add_argument("--seconds", type=float, default=120, help="of each part: fewer rounds when they take longer")
@@ -212,19 +214,19 @@ def main() -> None:
     worlds = [int(n) for n in args.processes.split(",")] if args.processes else sorted({1, most})
     assert worlds[0] == 1, "efficiency is against one process"
     models = (args.models or ("tiny" if args.quick else ",".join(MODELS))).split(",")
-    parts = args.parts.split(",")
+    parts = (args.parts or ("weak,loader" if args.quick else ",".join(PARTS))).split(",")
     report = Report("scaling")
     with tempfile.TemporaryDirectory() as scratch:
         rounds = args.rounds or (6 if args.quick else 50)
         scaling = Scaling(report, Path(scratch), worlds, args.batch, rounds, args.seconds)
         for model in models:
             if "weak" in parts:
-                scaling.weak(model, peers=not args.quick)
-            if "strong" in parts and not args.quick:
+                scaling.weak(model, peers="peers" in parts)
+            if "strong" in parts:
                 scaling.strong(model)
         if "loader" in parts:
             scaling.loader_fed(models[0], [0] if args.quick else [0, 1, 2])
-        if "stages" in parts and not args.quick:
+        if "stages" in parts:
             scaling.stages(models[0])
     report.finish(args.output)
 
