@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -114,10 +115,25 @@ class Report:
             table.add_row(f"{row['case']} [dim]{facts}[/dim]", *figures, row["unit"], str(row["n"]))
         Console().print(table)
         if output:
-            command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-            content = {"benchmark": self.benchmark, "command": " ".join(command), "environment": environment()}
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            Path(output).write_text(json.dumps(content | {"results": self.results}, indent=1) + "\n")
+            content = {"benchmark": self.benchmark, "command": command_line(), "environment": environment()}
+            write_json(output, content | {"results": self.results})
+
+
+def command_line() -> str:
+    """This process's command as anyone would type it, without the file that it writes to."""
+    arguments = sys.argv[1:]
+    for number, argument in enumerate(arguments):
+        if argument == "--output":
+            arguments = arguments[:number] + arguments[number + 2 :]
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """A file with one line for each list of numbers, so that raw readings do not take a line each."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

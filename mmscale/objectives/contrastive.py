@@ -46,8 +46,8 @@ def contrastive_loss(
 class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, image, text, scale_bias, valid, tile):
-        texts = gather_rows(text)
-        valid_texts = gather_rows(valid.to(torch.uint8)).bool()
+        texts, valid_texts = gather_rows(text, valid.to(torch.uint8))
+        valid_texts = valid_texts.bool()
         total = image.new_zeros(())
         row_lse = image.new_full((image.shape[0],), -torch.inf)
         column_lse = image.new_full((texts.shape[0],), -torch.inf)
@@ -59,7 +59,8 @@ class _PairLoss(torch.autograd.Function):
                 column_lse[columns] = torch.logaddexp(column_lse[columns], logits.logsumexp(0))
         if kind == "clip":
             # Where nothing was valid there is nothing to normalise: 0 keeps exp(-inf - lse) at 0.
-            column_lse = _finite(logsumexp_over_ranks(column_lse))
+            # Embeddings of unit length have logits between -scale and scale.
+            column_lse = _finite(logsumexp_over_ranks(column_lse, bound=scale_bias[0]))
             row_lse = _finite(row_lse)
             total = (row_lse + column_lse[_own_rows(text)]).sum() / 2
         matching = torch.einsum("ij,ij->i", image, text) * scale_bias[0] + scale_bias[1]

@@ -24,7 +24,7 @@ from mmscale.errors import UserError
 from mmscale.model.layers import Packing
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.objectives.captioning import caption_loss, count_predicted, predicted_tokens
-from mmscale.objectives.collectives import sum_over_ranks, world_size
+from mmscale.objectives.collectives import begin_sum_over_ranks, sum_over_ranks, world_size
 from mmscale.objectives.contrastive import contrastive_loss
 
 if TYPE_CHECKING:
@@ -192,11 +192,13 @@ def forward_backward(
             num_tokens=num_tokens,
             embedding_gradients=gradients[index] if cached else None,
         )
-        backward(loss)
         sums += torch.stack([contrastive_part, caption_part])
-    if cached:
-        sums[0] = contrastive_sum
-    contrastive, caption = (sum_over_ranks(sums) / torch.stack([num_valid, num_tokens])).unbind()
+        if index == len(micro_batches) - 1:
+            if cached:
+                sums[0] = contrastive_sum
+            finish_sums = begin_sum_over_ranks(sums)  # while the backward pass runs
+        backward(loss)
+    contrastive, caption = (finish_sums() / torch.stack([num_valid, num_tokens])).unbind()
     weights = objective.objective
     return {
         "loss": weights.contrastive_weight * contrastive + weights.caption_weight * caption,

@@ -99,7 +99,9 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
     """
     groups = parameter_groups(module, optim)
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
+        # On a CPU the fused update goes through memory once instead of about ten times, without copies of its state.
+        on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+        return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=on_cpu or None)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     for group in groups:
