@@ -10,6 +10,7 @@ from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveIn
 METHODS = {
     "heads": "mmscale.adapt.heads:tune_heads",
     "build_instructions": "mmscale.adapt.instructions.build:build_instructions",
+    "instructions": "mmscale.adapt.instructions.command:tune_instructions",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 

@@ -3,8 +3,8 @@
 `data.train`, `data.val` and `data.test` become `train-*.tar`, `val-*.tar` and `test-*.tar` in `run.dir`: the same
 pictures, captions and JSON, with a list of `instructions` in the JSON. Every fact of a training sample is asked for in
 several training phrasings; of the other splits in one of these and in one that is held out. With `clusters`, a
-picture's instructions are parted by cluster into `cluster-00/train-*.tar` and so on, which `data.sources` mixes in equal
-proportions. The same settings give the same bytes; files take their names when all is written.
+picture's instructions are parted by cluster into `cluster-00/train-*.tar` and so on, which `data.sources` mixes in
+equal proportions. The same settings give the same bytes; files take their names when all is written.
 
 All instructions are held in memory, pictures are not.
 """
@@ -33,7 +33,7 @@ from mmscale.data.captions import SampleError
 from mmscale.data.paths import expand
 from mmscale.data.progress import track
 from mmscale.data.shards import RawSample, Shards
-from mmscale.data.tokenizer import Tokenizer, train_tokenizer
+from mmscale.data.tokenizer import SMALL_CORPUS, Tokenizer, train_tokenizer
 from mmscale.errors import UserError
 
 STAGING = ".partial"
@@ -186,11 +186,11 @@ def _train_tokenizer(train: Split, folder: Path, vocab_size: int | None) -> Toke
     if vocab_size is None:
         return None
     prompt = InstructionSettings().prompt
-    asked = (f"{prompt.replace('{}', one.question)} {one.response}" for one in train.instructions())
-    written = (caption for captions in train.captions.values() for caption in captions)
-    return train_tokenizer(
-        (text for texts in (asked, written) for text in texts), folder / "tokenizer.model", vocab_size
-    )
+    asked = {f"{prompt.replace('{}', one.question)} {one.response}" for one in train.instructions()}
+    written = {caption for captions in train.captions.values() for caption in captions}
+    texts = sorted(asked | written)
+    step = -(-len(texts) // (SMALL_CORPUS - 1))  # of so many texts or fewer, every part of a word may become a piece
+    return train_tokenizer(texts[::step], folder / "tokenizer.model", vocab_size)
 
 
 def _token_lengths(train: Split, config: AdaptConfig, new: Tokenizer | None) -> dict[str, list[int]]:

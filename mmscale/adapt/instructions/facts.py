@@ -3,13 +3,13 @@
 A fact is a task, the words that fill the slots of its phrasings, and the response. Where it comes from is a setting;
 each kind reads what its field holds and gives nothing where that is missing:
 
-    captions   `captions`, or the caption itself: describe
+    captions   the first caption: describe
     classes    `class_name`: classify, and is_class (yes or no)
-    questions  `question` and `answers`, or a list of such objects in `questions` (as the task `vqa` reads them): question
+    questions  `question` and `answers`, or a list of such objects in `questions`, as the evaluation `vqa` reads them
     objects    `objects`, a list of things with a noun, attributes and a `box` [left, top, right, bottom] in pixels:
                count, attribute, presence, relation, neighbour, side
     fields     any field of text, or list of texts, by name: field, and listed (yes or no)
-    facts      `facts`, a list of {"task": ..., "slots": {...}, "response": ..., "input": ...} for phrasings of one's own
+    facts      `facts`, a list of {"task": ..., "slots": {...}, "response": ..., "input": ...}, for your own phrasings
 
 Yes and no come up equally often. What is not there is drawn from the words that the training split knows.
 """
@@ -217,10 +217,10 @@ def _attributes(things: list[Thing], names: dict[str, list[int]], settings: Fact
 
 
 def _relations(things, names, absent, settings, rng) -> Iterator[Fact]:
-    """Between two names: yes where everything so called lies wholly on that side, no where it is the other way round."""
-    described = {tuple(numbers): name for name, numbers in sorted(names.items(), key=lambda item: -len(item[0]))}
-    for first, first_name in described.items():
-        for second, second_name in described.items():
+    """Between two names: yes where all that is so called lies wholly on that side, no where it is the other way."""
+    groups = sorted({tuple(numbers) for numbers in names.values()})
+    for first in groups:
+        for second in groups:
             relation = _relation([things[i] for i in first], [things[i] for i in second])
             if set(first) & set(second) or relation is None:
                 continue

@@ -1,8 +1,8 @@
 """Instructions in the JSON of samples, and how they become tokens.
 
-A sample holds one instruction, `{"instruction": ..., "input": ..., "response": ..., "task": ...}`, or several about the same
-picture, as a list of such objects in `instructions`. Beside these, an entry may hold `meaning` (the same for whatever
-asks the same; two of them in one sample are a pair to align) and `held_out` (a phrasing that is not trained on).
+A sample holds one instruction, `{"instruction": ..., "input": ..., "response": ..., "task": ...}`, or several about the
+same picture, as a list of such objects in `instructions`. Beside these, an entry may hold `meaning` (the same for
+whatever asks the same; two of them in one sample are a pair to align) and `held_out` (a phrasing not to be trained on).
 """
 
 from dataclasses import asdict, dataclass

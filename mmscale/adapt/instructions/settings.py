@@ -53,4 +53,5 @@ class InstructionSettings(Section):
 
     prompt: str = Field("question: {} answer:", description="`{}` for the instruction and its input")
     per_picture: PositiveInt = Field(4, description="meanings drawn of each picture, each time it comes up")
+    answer_batch: PositiveInt = Field(256, description="questions that are answered together when scored")
     align: Annotated[float, Field(ge=0)] = Field(0.0, description="lambda, the weight of the alignment loss")

@@ -9,16 +9,18 @@ ranks and micro-batches. Which instructions of a sample are taken is a function 
 """
 
 import random
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmscale.adapt.instructions.answering import Answer, answer_scores, answer_split, distance_scores
 from mmscale.adapt.instructions.records import Instruction, encode_prompt, encode_response, read_instructions
 from mmscale.adapt.instructions.settings import InstructionSettings
+from mmscale.adapt.objective import Encoded, pad_ids
+from mmscale.data.batches import LabelledBatch
+from mmscale.data.loader import EvalSet
 from mmscale.data.tokenizer import Tokenizer
-from mmscale.evaluate.encoding import pad_tokens
 from mmscale.model.layers import Packing
 from mmscale.model.modeling_mmscale import MMScaleModel
 
@@ -30,7 +32,7 @@ class _Drawn:
         self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
         self.context_length = context_length
 
-    def _meanings(self, batch: Any) -> list[tuple[int, list[Instruction]]]:
+    def _meanings(self, batch: LabelledBatch) -> list[tuple[int, list[Instruction]]]:
         """(row, phrasings of one meaning), up to `per_picture` meanings of every good row."""
         drawn = []
         for row in batch.valid.nonzero().flatten().tolist():
@@ -46,9 +48,18 @@ class ResponseTask(_Drawn):
     """L_prompt: cross entropy of the response's tokens, summed."""
 
     name, weight = "prompt", 1.0
+    answers: list[Answer]  # of the last evaluation
 
-    def prepare(self, batch: Any) -> dict[str, Tensor]:
-        """Texts [texts, length] with their rows in the batch; `predicts` [texts, length - 1] where a response is next."""
+    def evaluate(self, model: MMScaleModel, split: EvalSet) -> dict[str, float]:
+        """`answer_scores` and `distance_scores` of the answers that the model writes. Collective."""
+        batch_size = self.settings.answer_batch
+        self.answers = answer_split(model, self.tokenizer, split, self.settings.prompt, batch_size)
+        distances = distance_scores(model, self.tokenizer, self.answers, batch_size)
+        return answer_scores(self.answers) | distances
+
+    def prepare(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """`input_ids` [texts, length] with their `rows` in the batch; `read`, the places of all tokens but each text's
+        last; and among these `wanted` [targets], after which a response's token comes, one of `targets`."""
         rows, texts, starts = [], [], []
         for row, phrasings in self._meanings(batch):
             for instruction in phrasings:
@@ -59,26 +70,25 @@ class ResponseTask(_Drawn):
                 starts.append(len(prompt))
         if not texts:  # every rank uses every parameter, whatever it has drawn
             rows, texts, starts = [0], [[self.tokenizer.start_id, self.tokenizer.end_id]], [2]
-        input_ids, lengths = pad_tokens(texts, self.tokenizer.pad_id, self.context_length)
+        input_ids, lengths = pad_ids(texts, self.tokenizer.pad_id)
         target = torch.arange(1, input_ids.shape[1])
-        predicts = (target >= torch.tensor(starts)[:, None]) & (target < lengths[:, None])
+        real = target < lengths[:, None]  # a text's last token predicts nothing
+        predicts = real & (target >= torch.tensor(starts)[:, None])
         return {
             "rows": torch.tensor(rows),
             "input_ids": input_ids,
-            "lengths": lengths,
-            "predicts": predicts,
+            "read": Packing.of(real).index,
+            "wanted": predicts.flatten()[real.flatten()].nonzero().squeeze(1),
+            "targets": input_ids[:, 1:][predicts],
             "count": predicts.sum(),
         }
 
-    def loss_sum(self, model: MMScaleModel, shared: Any, inputs: dict[str, Tensor]) -> Tensor:
-        input_ids, predicts = inputs["input_ids"], inputs["predicts"]
-        length = input_ids.shape[1] - 1  # the last token predicts nothing
-        real = torch.arange(length, device=input_ids.device) < inputs["lengths"][:, None] - 1
-        packing = Packing.of(real)
-        _, text_tokens = model.text(input_ids[:, :length], packing=packing)
-        hidden = model.decoder(text_tokens, shared.image_tokens[inputs["rows"]], packing=packing)
-        wanted = predicts.flatten()[packing.index].nonzero().squeeze(1)
-        return model.decoder.head(hidden[wanted], input_ids[:, 1:][predicts])
+    def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
+        input_ids = inputs["input_ids"][:, :-1]
+        packing = Packing(inputs["read"], *input_ids.shape)
+        _, text_tokens = model.text(input_ids, packing=packing)
+        hidden = model.decoder(text_tokens, encoded.image_tokens[inputs["rows"]], packing=packing)
+        return model.decoder.head(hidden[inputs["wanted"]], inputs["targets"])
 
 
 class AlignmentTask(_Drawn):
@@ -86,21 +96,25 @@ class AlignmentTask(_Drawn):
 
     name = "align"
 
+    def evaluate(self, model: MMScaleModel, split: EvalSet) -> dict[str, float]:
+        """Nothing: the other task measures distances, whatever the weight of this one."""
+        return {}
+
     @property
     def weight(self) -> float:
         return self.settings.align
 
-    def prepare(self, batch: Any) -> dict[str, Tensor]:
+    def prepare(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """Prompts [2 * pairs, length], a pair's side by side; `real` [pairs] is False for a pair that fills up."""
         pairs = [phrasings[:2] for _, phrasings in self._meanings(batch) if len(phrasings) > 1]
         texts = [[*self._prompt(one), self.tokenizer.end_id] for pair in pairs for one in pair]
         real = torch.ones(max(len(pairs), 1), dtype=torch.bool)
         if not pairs:
             texts, real[0] = [[self.tokenizer.start_id, self.tokenizer.end_id]] * 2, False
-        input_ids, lengths = pad_tokens(texts, self.tokenizer.pad_id, self.context_length)
+        input_ids, lengths = pad_ids(texts, self.tokenizer.pad_id)
         return {"input_ids": input_ids, "lengths": lengths, "real": real, "count": real.sum()}
 
-    def loss_sum(self, model: MMScaleModel, shared: Any, inputs: dict[str, Tensor]) -> Tensor:
+    def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
         embeds, _ = model.text(inputs["input_ids"], inputs["lengths"])
         one, other = F.normalize(embeds, dim=-1).unflatten(0, (-1, 2)).unbind(1)
         return ((one - other).square().sum(1) * inputs["real"]).sum()
