@@ -104,16 +104,18 @@ def test_only_the_response_and_its_end_count(base):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_alignment_loss_is_the_squared_distance_of_the_phrasings(base):
+@pytest.mark.parametrize("kind", ["embedding", "state"])
+def test_the_alignment_loss_is_the_squared_distance_of_the_phrasings(base, kind):
     model, tokenizer, _ = base
-    _, task = tasks_of(tokenizer)
+    _, task = tasks_of(tokenizer, align_on=kind)
     batch = batch_of([3, 4, 5])
     inputs = task.prepare(batch)
     pairs = [p for position in (3, 4, 5) for p in draw(record(position), 7, position, 2) if len(p) == 2]
     texts = [one.question for pair in pairs for one in pair]
     with torch.no_grad():
         found = task.loss_sum(model, Encoded.of(model, batch), inputs)
-        embeds = [model.encode_text(torch.tensor([tokenizer.encode(text, CONTEXT)]))[0] for text in texts]
+        encoded = [model.encode_text(torch.tensor([tokenizer.encode(text, CONTEXT)])) for text in texts]
+        embeds = [F.normalize(embed if kind == "embedding" else states[:, -2], dim=-1) for embed, states in encoded]
         distances = [(a - b).square().sum() for a, b in zip(embeds[::2], embeds[1::2], strict=True)]
     assert inputs["count"] == len(pairs) > 0
     torch.testing.assert_close(found, torch.stack(distances).sum())

@@ -14,9 +14,9 @@ def change_vocabulary(
 ) -> MMScaleModel:
     """The model with the rows of another tokenizer's pieces, and positions for texts of `context_length` tokens.
 
-    A piece that both tokenizers know keeps its rows, in the token table and in the vocabulary head; another piece starts
-    as the mean of the rows of the old pieces that spell it. New positions, between the old ones and the CLS token's row,
-    which stays the last one, start as the last old position. The model that is given stays as it is.
+    A piece that both tokenizers know keeps its rows, in the token table and in the vocabulary head; another piece
+    starts as the mean of the rows of the old pieces that spell it. New positions, between the old ones and the CLS
+    token's row, which stays the last one, start as the last old position. The model that is given stays as it is.
 
     Args:
         context_length: caption tokens, start and end marks included; the model's own when None.

@@ -55,3 +55,6 @@ class InstructionSettings(Section):
     per_picture: PositiveInt = Field(4, description="meanings drawn of each picture, each time it comes up")
     answer_batch: PositiveInt = Field(256, description="questions that are answered together when scored")
     align: Annotated[float, Field(ge=0)] = Field(0.0, description="lambda, the weight of the alignment loss")
+    align_on: Literal["embedding", "state"] = Field(
+        "embedding", description="what is aligned: the text embedding, or the state that the response goes on from"
+    )

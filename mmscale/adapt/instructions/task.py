@@ -3,9 +3,10 @@
     L = L_prompt + lambda * L_align
 
 L_prompt is the captioning loss on [instruction, input, response], of which only the response and its end mark count.
-L_align is the mean of ||e_i - e_j||^2 over pairs of instructions with the same meaning, where e is the text tower's
-embedding, of unit length. Both phrasings of a pair lie in one sample, so that pairs are the same for any number of
-ranks and micro-batches. Which instructions of a sample are taken is a function of (seed, position).
+L_align is the mean of ||e_i - e_j||^2 over pairs of instructions with the same meaning, where e, of unit length, is
+what the text tower makes of an instruction: its embedding, or the state that the response goes on from. Both phrasings
+of a pair lie in one sample, so that pairs are the same for any number of ranks and micro-batches. Which instructions of
+a sample are taken is a function of (seed, position).
 """
 
 import random
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from mmscale.adapt.instructions.answering import Answer, answer_scores, answer_split, distance_scores
 from mmscale.adapt.instructions.records import Instruction, encode_prompt, encode_response, read_instructions
 from mmscale.adapt.instructions.settings import InstructionSettings
-from mmscale.adapt.objective import Encoded, pad_ids
+from mmscale.adapt.objective import Encoded, masked_sum, pad_ids
 from mmscale.data.batches import LabelledBatch
 from mmscale.data.loader import EvalSet
 from mmscale.data.tokenizer import Tokenizer
@@ -115,9 +116,14 @@ class AlignmentTask(_Drawn):
         return {"input_ids": input_ids, "lengths": lengths, "real": real, "count": real.sum()}
 
     def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
-        embeds, _ = model.text(inputs["input_ids"], inputs["lengths"])
+        input_ids, lengths = inputs["input_ids"], inputs["lengths"]
+        if self.settings.align_on == "embedding":
+            embeds, _ = model.text(input_ids, lengths)
+        else:  # the state of the last token before the end mark, from which the response goes on
+            _, states = model.text(input_ids)
+            embeds = states[torch.arange(len(states), device=states.device), lengths - 2]
         one, other = F.normalize(embeds, dim=-1).unflatten(0, (-1, 2)).unbind(1)
-        return ((one - other).square().sum(1) * inputs["real"]).sum()
+        return masked_sum((one - other).square().sum(1), inputs["real"])
 
 
 def draw(record: dict, seed: int, position: int, number: int) -> list[list[Instruction]]:
