@@ -134,13 +134,15 @@ def test_what_is_said_not_to_be_there_is_not_there():
 
 
 def test_responses_take_turns_where_not_all_facts_are_taken():
-    own = FactSettings(kinds=["objects"], per_task=2, **OBJECTS)
+    own = FactSettings(kinds=["objects"], per_task=2, per_task_of={"count": 1, "side": 0}, **OBJECTS)
     vocabulary = Vocabulary()
     vocabulary.add(TWO, own)
     vocabulary.add(scene(("small", "black", "star", [0, 0, 1, 1])), own)
     for seed in range(5):
         found = facts_of(TWO, [], own, vocabulary, random.Random(seed))
         assert Counter(fact.response for fact in found if fact.task == "presence") == {"yes": 1, "no": 1}
+        tasks = Counter(fact.task for fact in found)
+        assert (tasks["attribute"], tasks["count"], tasks["side"]) == (2, 1, 0)
 
 
 def test_classes_questions_fields_and_facts_of_ones_own_become_instructions():

@@ -89,7 +89,7 @@ def read_things(record: dict, settings: FactSettings) -> list[Thing]:
 def facts_of(
     record: dict, captions: list[str], settings: FactSettings, vocabulary: Vocabulary, rng: random.Random
 ) -> list[Fact]:
-    """Every fact of one sample, at most `settings.per_task` of a task, in an order that `rng` draws."""
+    """The facts of one sample, of each task at most as many as the settings say, in an order that `rng` draws."""
     found: list[Fact] = []
     for kind in settings.kinds:
         if kind != "instructions":  # those are instructions already
@@ -97,7 +97,8 @@ def facts_of(
     by_task: dict[str, list[Fact]] = {}
     for fact in dict.fromkeys(found):
         by_task.setdefault(fact.task, []).append(fact)
-    return [fact for facts in by_task.values() for fact in _chosen(facts, settings.per_task, rng)]
+    limits = {task: settings.per_task_of.get(task, settings.per_task) for task in by_task}
+    return [fact for task, facts in by_task.items() for fact in _chosen(facts, limits[task], rng)]
 
 
 def _chosen(facts: list[Fact], number: int, rng: random.Random) -> list[Fact]:

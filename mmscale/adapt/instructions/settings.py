@@ -18,6 +18,7 @@ class FactSettings(Section):
     attributes: dict[str, str] = Field({}, description="its other keys, and the words for them: {color: colour}")
     fields: dict[str, str] = Field({}, description="fields of the JSON to ask for, and the words for them")
     per_task: PositiveInt = Field(3, description="facts of a sample and task, at most")
+    per_task_of: dict[str, NonNegativeInt] = Field({}, description="other numbers for some tasks: {relation: 6}")
 
 
 class CleaningSettings(Section):
