@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["mmscale", "mmscale.*"]),
-    package_data={"mmscale.report": ["*.css", "*.js"]},
+    package_data={"mmscale.report": ["*.css", "*.js"], "mmscale.adapt.instructions": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

@@ -4,6 +4,7 @@ import torch
 
 from mmscale.adapt.config import AdaptConfig
 from mmscale.adapt.lora import add_adapters
+from mmscale.adapt.vocabulary import change_vocabulary
 from mmscale.config import HeadConfig
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
@@ -24,10 +25,20 @@ SIZES = {
 
 
 def load_base(config: AdaptConfig) -> Pretrained:
-    """The pretrained model that `model.init_from` names, on the CPU. Raises UserError."""
+    """The pretrained model that `model.init_from` names, on the CPU.
+
+    With a `tokenizer.path` or a `model.text.context_length` of its own, the model is changed to them first. Raises
+    UserError.
+    """
     if config.model.init_from is None:
         raise UserError("model.init_from: not set; it names the run, checkpoint or exported folder to adapt")
-    return load_pretrained(config.model.init_from, device="cpu")
+    base = load_pretrained(config.model.init_from, device="cpu")
+    tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else base.tokenizer
+    context_length = config.model.text.context_length or base.context_length
+    if tokenizer.fingerprint != base.tokenizer.fingerprint or context_length > base.context_length:
+        base.model = change_vocabulary(base.model, base.tokenizer, tokenizer, context_length)
+        base.tokenizer = tokenizer
+    return base
 
 
 def complete(config: AdaptConfig, base: Pretrained, heads: dict[str, HeadConfig] | None = None) -> AdaptConfig:

@@ -4,10 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmscale.adapt.instructions.settings import BuildInstructionsSettings, InstructionSettings
 from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveInt, Section, TrainConfig
 
 METHODS = {
     "heads": "mmscale.adapt.heads:tune_heads",
+    "build_instructions": "mmscale.adapt.instructions.build:build_instructions",
+    "instructions": "mmscale.adapt.instructions.command:tune_instructions",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 
@@ -52,6 +55,8 @@ class AdaptSection(Section):
     choose_by: str | None = Field(None, description="dev score that the best weights are chosen by; the first if unset")
     patience: PositiveInt | None = Field(None, description="evaluations without a better one, after which it ends")
     heads: dict[str, HeadTask] = Field({}, description="method `heads`: the tasks by name")
+    build_instructions: BuildInstructionsSettings = BuildInstructionsSettings()
+    instructions: InstructionSettings = InstructionSettings()
 
 
 class AdaptConfig(Config):

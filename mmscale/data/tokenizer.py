@@ -17,6 +17,7 @@ PAD_ID, UNK_ID, START_ID, END_ID = range(4)
 TRAINING_THREADS = 16  # the model depends on their number: the same everywhere gives the same file everywhere
 SMALL_CORPUS = 100_000  # captions, below which candidates for pieces are counted here
 SMALL_VOCABULARY = 200_000  # characters in all different words together
+SPACE = "\u2581"  # a space, in pieces
 LONGEST_PIECE = 16  # characters, as SentencePiece's own limit
 
 
@@ -61,6 +62,17 @@ class Tokenizer:
         """The text of ids; padding, start and end marks are left out."""
         marks = {self.pad_id, self.start_id, self.end_id}
         return self._processor.decode([int(i) for i in ids if int(i) not in marks])
+
+    def pieces(self) -> list[str]:
+        """Every piece, by its id; a space in front is written as SentencePiece does, as U+2581."""
+        return [self._processor.id_to_piece(number) for number in range(self.vocab_size)]
+
+    def spell(self, piece: str) -> list[int]:
+        """The ids, at least one and no marks, that spell a piece of another tokenizer."""
+        ids = self._processor.encode(piece.removeprefix(SPACE).replace(SPACE, " "))
+        if not piece.startswith(SPACE) and len(ids) > 1 and self._processor.id_to_piece(ids[0]) == SPACE:
+            ids = ids[1:]  # SentencePiece puts a space before every text
+        return ids or [self._processor.unk_id()]
 
 
 def train_tokenizer(captions: Iterable[str], out: str | Path, vocab_size: int, *, log: bool = False) -> Tokenizer:
@@ -117,7 +129,7 @@ def _seed_pieces(captions: list[str]) -> dict[str, int]:
     SentencePiece finds its own candidates among parts that *different* words share. Where there are few words, that
     leaves out most whole words, and `small` becomes four pieces. Nothing when there are too many words to matter.
     """
-    words = Counter(f"▁{word}" for caption in captions for word in caption.split())
+    words = Counter(f"{SPACE}{word}" for caption in captions for word in caption.split())
     if sum(map(len, words)) > SMALL_VOCABULARY:
         return {}
     pieces: Counter[str] = Counter()
