@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .feed_forward import MLP, init_linear
+from .prompts import KeyValuePrefix
 
 
 class Packing(NamedTuple):
@@ -125,6 +126,8 @@ class SelfAttention(nn.Module):
         self.config, self.heads, self.depth, self.layer_idx = config, heads, depth, layer_idx
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        tokens = getattr(config, "prefix_tokens", 0)
+        self.prefix = KeyValuePrefix(tokens, width, heads) if tokens else None
 
     def forward(
         self,
@@ -141,6 +144,8 @@ class SelfAttention(nn.Module):
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if self.prefix is not None:
+            key, value, mask = self.prefix(key, value, mask)
         mixed, weights = attend(query, key, value, mask, causal, self.config._attn_implementation)
         return self.out(mixed if packing is None else packing.pack(mixed)), weights
 
@@ -327,11 +332,19 @@ class AttentionalPooler(nn.Module):
         self.key_value = nn.Linear(config.width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, patches: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """[batch, patches, vision width] to [batch, queries, width] for the queries from `start` to `stop`."""
+    def forward(
+        self, patches: Tensor, start: int = 0, stop: int | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, patches, vision width] to [batch, queries, width] for the queries from `start` to `stop`.
+
+        With `shift` [batch or 1, guides, width] the first of them is replaced by itself plus each of these.
+        """
         batch = patches.shape[0]
-        query = self.query(self.norm_queries(self.queries[start:stop]))  # the same for every picture
-        query = split_heads(query.unsqueeze(0), self.heads).expand(batch, -1, -1, -1)
+        queries = self.queries[start:stop].unsqueeze(0)  # the same for every picture
+        if shift is not None:
+            queries = torch.cat([queries[:, :1] + shift, queries[:, 1:].expand(len(shift), -1, -1)], dim=1)
+        query = self.query(self.norm_queries(queries))
+        query = split_heads(query, self.heads).expand(batch, -1, -1, -1)
         key, value = self.key_value(self.norm_context(patches)).chunk(2, dim=-1)
         key, value = split_heads(key, self.heads), split_heads(value, self.heads)
         mixed, weights = attend(query, key, value, None, False, self.config._attn_implementation)
