@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmscale.adapt.prompts.settings import PromptsConfig
 from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveInt, Section, TrainConfig
 
 METHODS = {
     "heads": "mmscale.adapt.heads:tune_heads",
+    "prompts": "mmscale.adapt.prompts.tune:tune_prompts",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 
@@ -52,6 +54,7 @@ class AdaptSection(Section):
     choose_by: str | None = Field(None, description="dev score that the best weights are chosen by; the first if unset")
     patience: PositiveInt | None = Field(None, description="evaluations without a better one, after which it ends")
     heads: dict[str, HeadTask] = Field({}, description="method `heads`: the tasks by name")
+    prompts: PromptsConfig | None = Field(None, description="method `prompts`")
 
 
 class AdaptConfig(Config):
