@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from mmscale.errors import UserError
+from mmscale.export.clip_vision import clip_vision_config
+from mmscale.export.open_clip import open_clip_config
 from mmscale.model import MMScaleConfig, MMScaleModel
 
 VOCABULARY, CONTEXT = 40, 12
@@ -161,3 +164,13 @@ def test_a_guide_turns_the_image_embedding_and_leaves_the_rest(pictures):
         part.zero_()
     with pytest.raises(ValueError, match="not tuned to be guided"):
         build().get_image_features(pictures, guides[:1])
+
+
+def test_formats_without_a_place_for_prompts_refuse_them():
+    prompted = build(vision={"prompt_tokens": 2}).config
+    with pytest.raises(UserError, match="learned prompt tokens"):
+        clip_vision_config(prompted)
+    for config in (prompted, build(decoder={"prefix_tokens": 2}).config):
+        with pytest.raises(UserError, match="it has learned prompts"):
+            open_clip_config(config)
+    open_clip_config(build().config)
