@@ -152,6 +152,25 @@ class LoraConfig(Section):
     targets: list[str] = ["qkv", "out", "query", "key_value"]
 
 
+class ClassPromptsConfig(Section):
+    """Learned context vectors before class names."""
+
+    names: list[str]
+    token_ids: list[list[int]] = Field(description="the pieces of each name's word")
+    context_tokens: PositiveInt
+    kind: Literal["unified", "class", "image"]
+
+
+class PromptParts(Section):
+    """Learned prompts of the model; `mmscale adapt` fills in what a task needs."""
+
+    image_tokens: NonNegativeInt = Field(0, description="beside the patches")
+    image_depth: Literal["shallow", "deep"] = "shallow"
+    prefix_tokens: NonNegativeInt = Field(0, description="keys and values before the text in the decoder")
+    guided_pooling: bool = Field(False, description="texts may steer the image embedding")
+    classes: ClassPromptsConfig | None = None
+
+
 class ModelConfig(Section):
     """The model: a preset, any size over it, and how it is computed."""
 
@@ -167,6 +186,7 @@ class ModelConfig(Section):
     compile: bool = False
     heads: dict[str, HeadConfig] = Field({}, description="task heads by name; made by `mmscale adapt`")
     lora: LoraConfig | None = None
+    prompts: PromptParts = Field(PromptParts(), description="learned prompts; made by `mmscale adapt`")
 
 
 class ObjectiveConfig(Section):

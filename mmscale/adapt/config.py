@@ -5,12 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmscale.adapt.instructions.settings import BuildInstructionsSettings, InstructionSettings
+from mmscale.adapt.prompts.settings import PromptsConfig
 from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveInt, Section, TrainConfig
 
 METHODS = {
     "heads": "mmscale.adapt.heads:tune_heads",
     "build_instructions": "mmscale.adapt.instructions.build:build_instructions",
     "instructions": "mmscale.adapt.instructions.command:tune_instructions",
+    "prompts": "mmscale.adapt.prompts.tune:tune_prompts",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 
@@ -57,6 +59,7 @@ class AdaptSection(Section):
     heads: dict[str, HeadTask] = Field({}, description="method `heads`: the tasks by name")
     build_instructions: BuildInstructionsSettings = BuildInstructionsSettings()
     instructions: InstructionSettings = InstructionSettings()
+    prompts: PromptsConfig | None = Field(None, description="method `prompts`")
 
 
 class AdaptConfig(Config):

@@ -1,6 +1,7 @@
 """What every method that trains has in common: the stream with labels, the dev split, the trainer's `Task`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -21,26 +22,37 @@ from mmscale.train.trainer import run
 
 MakeTasks = Callable[[MMScaleModel, Tokenizer], Sequence[AdaptationTask]]
 BuildModel = Callable[[AdaptConfig, Tokenizer], MMScaleModel]
+MakeStream = Callable[[AdaptConfig, MMScaleModel, Tokenizer, dict[str, int]], Any]
 
 
-def tune(config: AdaptConfig, make_tasks: MakeTasks, build_model: BuildModel | None = None) -> int:
+def tune(
+    config: AdaptConfig,
+    make_tasks: MakeTasks,
+    build_model: BuildModel | None = None,
+    make_stream: MakeStream | None = None,
+) -> int:
     """Trains the tasks as pretraining is trained, and as it resumes; returns the trainer's exit code.
 
     Args:
         config: of `mmscale.adapt.base.complete`, so that what is saved stands alone.
         make_tasks: the tasks, made once the model is there.
         build_model: the model on every rank, with the same weights; the base's with the new parts when None.
+        make_stream: what is trained on, from the configuration, the model, its tokenizer and this rank's share
+            (global_batch, micro_batch, rank, world_size); all of data.train when None.
 
     Raises:
         UserError: a mistake in the configuration or the data.
     """
     if config.train is None:
         raise UserError("train: is required: train.samples and train.global_batch")
-    return run(config, lambda config, processes: _build(config, processes, make_tasks, build_model or _base_model))
+    parts = (make_tasks, build_model or _base_model, make_stream or _labelled_stream)
+    return run(config, lambda config, processes: _build(config, processes, *parts))
 
 
-def open_split(config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, shards: Paths) -> EvalSet:
-    """A split that is scored, this rank's part of it."""
+def open_split(
+    config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, shards: Paths, limit: int | None = None
+) -> EvalSet:
+    """A split that is scored, this rank's part of it; its first `limit` samples, else as many as eval.samples says."""
     rank, world_size = rank_and_world_size()
     return EvalSet(
         shards,
@@ -51,7 +63,7 @@ def open_split(config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, s
         batch_size=config.eval.batch,
         rank=rank,
         world_size=world_size,
-        limit=config.eval.samples,
+        limit=limit or config.eval.samples,
     )
 
 
@@ -65,7 +77,23 @@ def _base_model(config: AdaptConfig, tokenizer: Tokenizer) -> MMScaleModel:
     return adapted_model(config, load_base(config), tokenizer)
 
 
-def _build(config: AdaptConfig, processes: Processes, make_tasks: MakeTasks, build_model: BuildModel) -> Task:
+def _labelled_stream(
+    config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, share: dict[str, int]
+) -> TrainStream:
+    return TrainStream(
+        config.data,
+        tokenizer,
+        image_size=model.config.vision_config.image_size,
+        context_length=model.config.text_config.context_length,
+        seed=config.run.seed,
+        labelled=True,
+        **share,
+    )
+
+
+def _build(
+    config: AdaptConfig, processes: Processes, make_tasks: MakeTasks, build_model: BuildModel, make_stream: MakeStream
+) -> Task:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     model = build_model(config, tokenizer)
     tasks = make_tasks(model, tokenizer)
@@ -73,22 +101,16 @@ def _build(config: AdaptConfig, processes: Processes, make_tasks: MakeTasks, bui
     total = sum(p.numel() for p in model.parameters())
     if processes.is_main:
         print(f"training {trained:,} of {total:,} parameters ({trained / total:.1%})", flush=True)
-    stream = TrainStream(
-        config.data,
-        tokenizer,
-        image_size=model.config.vision_config.image_size,
-        context_length=model.config.text_config.context_length,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch or config.train.global_batch // processes.world_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        labelled=True,
-    )
+    share = {
+        "global_batch": config.train.global_batch,
+        "micro_batch": config.train.micro_batch or config.train.global_batch // processes.world_size,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
     return Task(
         objective=AdaptationObjective(model, tasks),
         forward_backward=forward_backward,
-        stream=stream,
+        stream=make_stream(config, model, tokenizer, share),
         tokenizer=tokenizer,
         **_evaluation(config, model, tokenizer, tasks),
     )

@@ -58,6 +58,10 @@ class Tokenizer:
         """start + pieces + end, at most `max_length` ids; a longer caption is cut and keeps its end mark."""
         return [self.start_id, *self._processor.encode(text)[: max_length - 2], self.end_id]
 
+    def piece(self, token_id: int) -> str:
+        """A piece as the model file spells it, with `▁` where a word begins."""
+        return self._processor.id_to_piece(token_id)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; padding, start and end marks are left out."""
         marks = {self.pad_id, self.start_id, self.end_id}

@@ -34,6 +34,8 @@ class ZeroShot:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, config.batch
         self.names = read_lines(config.classnames, "class names") if config.classnames else None
         self.templates = read_templates(config.templates)
+        prompts = model.config.class_prompts if config.templates is None else None
+        self.learned = prompts["names"] if prompts else None  # a tuned model knows these classes better than templates
         self.positions: list[int] = []
         self.keys: list[str] = []
         self.classification: Classification | None = None
@@ -57,8 +59,11 @@ class ZeroShot:
         targets = [target_class(record, number) for record in self._records]
         if not gather_lists(targets):
             return {}
-        class_embeds = class_embeddings(self.model, self.tokenizer, names, self.templates, self.batch_size)
-        ranked = classify(torch.cat(self._embeds), class_embeds)
+        if self.learned and set(names) <= set(self.learned):
+            ranked = classify_learned(self.model, torch.cat(self._embeds), [self.learned.index(name) for name in names])
+        else:
+            class_embeds = class_embeddings(self.model, self.tokenizer, names, self.templates, self.batch_size)
+            ranked = classify(torch.cat(self._embeds), class_embeds)
         self.positions, (self.keys, targets, ranked) = gather_in_order(self.positions, self.keys, targets, ranked)
         self.classification = Classification(names, np.array(targets), ranked.cpu().numpy())
         return self.classification.scores()
@@ -141,6 +146,16 @@ def classify(image_embeds: Tensor, class_embeds: Tensor, block: int = 8192) -> T
     ranked = [torch.zeros(0, best, dtype=torch.long, device=image_embeds.device)]
     for start in range(0, len(image_embeds), block):
         ranked.append((image_embeds[start : start + block] @ class_embeds.T).topk(best, dim=1).indices)
+    return torch.cat(ranked)
+
+
+@torch.no_grad()
+def classify_learned(model: MMScaleModel, image_embeds: Tensor, classes: list[int], block: int = 256) -> Tensor:
+    """As `classify`, by the model's own class prompts, among the classes with these numbers."""
+    best = min(5, len(classes))
+    ranked = [torch.zeros(0, best, dtype=torch.long, device=image_embeds.device)]
+    for part in image_embeds.split(block):
+        ranked.append(model.class_logits(part)[:, classes].topk(best, dim=1).indices)
     return torch.cat(ranked)
 
 

@@ -128,6 +128,7 @@ def clip_vision_config(config: MMScaleConfig) -> CLIPVisionConfig:
         (not vision.class_token, "it has no class token"),
         (not vision.pre_norm, "it has no norm before the blocks"),
         (vision.patch_bias, "its patch embedding has a bias"),
+        (vision.prompt_tokens, "it has learned prompt tokens"),
     ):
         if wrong:
             raise UserError(f"CLIPVisionModel cannot hold this image tower: {why}")

@@ -12,6 +12,8 @@ class MMScaleVisionConfig(PretrainedConfig):
     `pooler_queries` counts all queries: query 0 gives the image embedding, the others feed the decoder.
     `class_token`, `pre_norm`, `patch_bias` and `activation` let the tower hold trunks that were trained elsewhere.
     `patch_dropout` is the share of patches that a training pass leaves out (https://arxiv.org/abs/2212.00794).
+    `prompt_tokens` stand beside the patches, before the first block (`prompt_depth: shallow`) or before every one
+    (`deep`); `guided_pooling` lets a text steer the image embedding.
     """
 
     model_type = "mmscale_vision"
@@ -33,6 +35,9 @@ class MMScaleVisionConfig(PretrainedConfig):
         activation: str = "gelu",
         layer_norm_eps: float = 1e-5,
         patch_dropout: float = 0.0,
+        prompt_tokens: int = 0,
+        prompt_depth: str = "shallow",
+        guided_pooling: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -50,6 +55,9 @@ class MMScaleVisionConfig(PretrainedConfig):
         self.activation = activation
         self.layer_norm_eps = layer_norm_eps
         self.patch_dropout = patch_dropout
+        self.prompt_tokens = prompt_tokens
+        self.prompt_depth = prompt_depth
+        self.guided_pooling = guided_pooling
 
     @property
     def num_patches(self) -> int:
@@ -84,7 +92,10 @@ class MMScaleTextConfig(PretrainedConfig):
 
 
 class MMScaleDecoderConfig(PretrainedConfig):
-    """The multimodal decoder, as wide as the text tower. Without layers the model is a plain dual encoder (CLIP)."""
+    """The multimodal decoder, as wide as the text tower. Without layers the model is a plain dual encoder (CLIP).
+
+    `prefix_tokens` learned keys and values stand before the text in the self-attention of every layer.
+    """
 
     model_type = "mmscale_decoder"
     base_config_key = "decoder_config"
@@ -96,6 +107,7 @@ class MMScaleDecoderConfig(PretrainedConfig):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         layer_norm_eps: float = 1e-5,
+        prefix_tokens: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -104,6 +116,7 @@ class MMScaleDecoderConfig(PretrainedConfig):
         self.mlp_ratio = mlp_ratio
         self.activation = activation
         self.layer_norm_eps = layer_norm_eps
+        self.prefix_tokens = prefix_tokens
 
 
 class MMScaleConfig(PretrainedConfig):
@@ -120,6 +133,8 @@ class MMScaleConfig(PretrainedConfig):
         legacy_cls_mask: the text embedding sees the first pad and not itself, as weights trained with open_clip's
             default expect.
         heads: name -> settings of a task head: `kind`, `fusion`, `labels` (or `outputs`), `hidden`; see `heads.py`.
+        class_prompts: classes with learned context vectors before their names: `names`, `token_ids` (the pieces of each
+            name), `context_tokens`, and `kind` (`unified`, `class` or `image`).
     """
 
     model_type = "mmscale"
@@ -146,6 +161,7 @@ class MMScaleConfig(PretrainedConfig):
         logit_bias_init: float | None = None,
         legacy_cls_mask: bool = False,
         heads: dict[str, dict] | None = None,
+        class_prompts: dict | None = None,
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
@@ -161,6 +177,7 @@ class MMScaleConfig(PretrainedConfig):
         self.logit_bias_init = logit_bias_init
         self.legacy_cls_mask = legacy_cls_mask
         self.heads = heads or {}
+        self.class_prompts = class_prompts
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

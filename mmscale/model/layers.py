@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .feed_forward import MLP, init_linear
 from .linear import Linear, linear
+from .prompts import KeyValuePrefix
 
 
 class Packing(NamedTuple):
@@ -126,6 +127,8 @@ class SelfAttention(nn.Module):
         self.config, self.heads, self.depth, self.layer_idx = config, heads, depth, layer_idx
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
+        tokens = getattr(config, "prefix_tokens", 0)
+        self.prefix = KeyValuePrefix(tokens, width, heads) if tokens else None
 
     def forward(
         self,
@@ -142,6 +145,8 @@ class SelfAttention(nn.Module):
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if self.prefix is not None:
+            key, value, mask = self.prefix(key, value, mask)
         mixed, weights = attend(query, key, value, mask, causal, self.config._attn_implementation)
         return self.out(mixed if packing is None else packing.pack(mixed)), weights
 
@@ -328,11 +333,19 @@ class AttentionalPooler(nn.Module):
         self.key_value = Linear(config.width, 2 * width)
         self.out = Linear(width, width)
 
-    def forward(self, patches: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """[batch, patches, vision width] to [batch, queries, width] for the queries from `start` to `stop`."""
+    def forward(
+        self, patches: Tensor, start: int = 0, stop: int | None = None, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[batch, patches, vision width] to [batch, queries, width] for the queries from `start` to `stop`.
+
+        With `shift` [batch or 1, guides, width] the first of them is replaced by itself plus each of these.
+        """
         batch = patches.shape[0]
-        query = self.query(self.norm_queries(self.queries[start:stop]))  # the same for every picture
-        query = split_heads(query.unsqueeze(0), self.heads).expand(batch, -1, -1, -1)
+        queries = self.queries[start:stop].unsqueeze(0)  # the same for every picture
+        if shift is not None:
+            queries = torch.cat([queries[:, :1] + shift, queries[:, 1:].expand(len(shift), -1, -1)], dim=1)
+        query = self.query(self.norm_queries(queries))
+        query = split_heads(query, self.heads).expand(batch, -1, -1, -1)
         key, value = self.key_value(self.norm_context(patches)).chunk(2, dim=-1)
         key, value = split_heads(key, self.heads), split_heads(value, self.heads)
         mixed, weights = attend(query, key, value, None, False, self.config._attn_implementation)

@@ -6,6 +6,7 @@
       decoder      Decoder: causal blocks interleaved with attention to the picture, and `decoder.head` (vocabulary)
       logit_scale  LogitScale: temperature (and bias) of the contrastive loss
       heads        TaskHead by name, where the configuration has any
+      class_prompts ClassPrompts, where the configuration has any; further learned prompts lie in the parts they steer
 
 The CLS token stands directly after the last token of its caption and carries the last row of the position table. Under
 causal attention it sees its whole caption and itself, no token sees it, and what follows (padding) is seen by nothing
@@ -29,6 +30,7 @@ from .generation import CaptionGenerationMixin, Pictures
 from .heads import TaskHeads, caption_likelihood
 from .logit_scale import LogitScale
 from .patch_dropout import kept_patches
+from .prompts import ClassPrompts
 from .recording import record_attentions, record_hidden_states
 from .text_stacks import Decoder, TextTower
 from .vision_tower import VisionTower
@@ -46,6 +48,7 @@ class MMScaleOutput(ModelOutput):
         logits_per_text: its transpose.
         image_tokens: [batch, pooler queries - 1, embed_dim], what the decoder looks at.
         head_logits: per task head, [batch, outputs]; for the heads whose inputs are given.
+        class_logits: [batch, classes], of a model with class prompts.
         past_key_values: the cache, when one is in use.
         hidden_states: per part (`vision`, `text`, `decoder`), the input of every block and the last output.
         attentions: per part, the weights of every attention layer (`attn_implementation="eager"`).
@@ -59,6 +62,7 @@ class MMScaleOutput(ModelOutput):
     logits_per_text: Tensor | None = None
     image_tokens: Tensor | None = None
     head_logits: dict[str, Tensor] | None = None
+    class_logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: dict[str, tuple[Tensor, ...]] | None = None
     attentions: dict[str, tuple[Tensor, ...]] | None = None
@@ -97,6 +101,8 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         self.logit_scale = LogitScale(config)
         if config.heads:
             self.heads = TaskHeads(config)
+        if config.class_prompts:
+            self.class_prompts = ClassPrompts(config)
         self.post_init()
 
     def encode_image(self, pixel_values: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,9 +142,22 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
             return last, None
         return last, caption_likelihood(self.decoder.head, states, input_ids, lengths)
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Embeddings of pictures, [batch, embed_dim], of unit length."""
-        return F.normalize(self.vision(pixel_values, tokens=False)[0], dim=-1)
+    def get_image_features(self, pixel_values: Tensor, guide: Tensor | None = None) -> Tensor:
+        """Embeddings of pictures, [batch, embed_dim], of unit length.
+
+        Args:
+            guide: [batch or 1, embed_dim], embeddings of texts such as "the colour", for a model with guided pooling;
+                with several for each picture, [batch or 1, guides, embed_dim], there are so many of it.
+        """
+        return F.normalize(self.vision(pixel_values, tokens=False, guide=guide)[0], dim=-1)
+
+    def class_logits(self, image_embeds: Tensor) -> Tensor:
+        """Unit embeddings of pictures [batch, embed_dim] to logits [batch, classes], by the learned class prompts."""
+        if not self.config.class_prompts:
+            raise ValueError("this model has no class prompts (config.class_prompts)")
+        class_embeds = self.class_prompts(self.text, image_embeds)
+        cosines = torch.einsum("bd,bcd->bc" if class_embeds.ndim == 3 else "bd,cd->bc", image_embeds, class_embeds)
+        return cosines * self.logit_scale()[0]
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embeddings of texts, [batch, embed_dim], of unit length."""
@@ -194,6 +213,8 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         found = {}
         if pixel_values is not None:
             found["image_embeds"], found["image_tokens"] = self.encode_image(pixel_values)
+            if self.config.class_prompts:
+                found["class_logits"] = self.class_logits(found["image_embeds"])
         if input_ids is not None:
             lengths = self._lengths(input_ids, attention_mask, lengths)
             found["text_embeds"], text_tokens = self.encode_text(input_ids, lengths=lengths)

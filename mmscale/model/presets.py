@@ -119,17 +119,25 @@ def build_model_config(
         raise ValueError(
             "model.vision.pooler_queries: the decoder needs at least one query besides the contrastive one"
         )
+    prompts = model.prompts
     siglip = {"logit_scale_init": SIGLIP_LOGIT_SCALE_INIT, "logit_bias_init": SIGLIP_LOGIT_BIAS_INIT}
     return MMScaleConfig(
-        vision_config={**vision, "patch_dropout": model.patch_dropout},
+        vision_config={
+            **vision,
+            "patch_dropout": model.patch_dropout,
+            "prompt_tokens": prompts.image_tokens,
+            "prompt_depth": prompts.image_depth,
+            "guided_pooling": prompts.guided_pooling,
+        },
         text_config=text,
-        decoder_config=decoder,
+        decoder_config={**decoder, "prefix_tokens": prompts.prefix_tokens},
         embed_dim=embed_dim,
         vocab_size=vocab_size,
         pad_token_id=pad_id,
         bos_token_id=bos_id,
         eos_token_id=eos_id,
         legacy_cls_mask=model.legacy_cls_mask,
+        class_prompts=prompts.classes.model_dump() if prompts.classes else None,
         heads={name: head.model_dump(mode="json") for name, head in model.heads.items()},
         **(siglip if contrastive == "siglip" else {}),
     )

@@ -36,6 +36,7 @@ class TextTower(nn.Module):
         mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         packing: Packing | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Embedding [batch, embed_dim], not normalised, and token states [batch, length, width].
 
@@ -47,6 +48,7 @@ class TextTower(nn.Module):
             past_key_values: the cache; without `lengths` only.
             packing: where tokens, and CLS if there are `lengths`, are in [batch, length (+ 1)]; nothing is computed for
                 other places, and their states are 0.
+            context: [batch, vectors, width], learned vectors in place of the tokens that follow the first.
         """
         length = input_ids.shape[1]
         if positions is None:
@@ -56,9 +58,9 @@ class TextTower(nn.Module):
                 )
             positions = torch.arange(length, device=input_ids.device)
         if lengths is not None and self.legacy_cls_mask:
-            return self._forward_legacy(input_ids, lengths)
+            return self._forward_legacy(input_ids, lengths, context)
         table = self.positions
-        x = self.tokens(input_ids) + table[positions]
+        x = self._embed(input_ids, context) + table[positions]
         if lengths is not None:
             cls_row = (self.cls_token + table[-1]).to(x.dtype)
             after_last = torch.arange(length + 1, device=x.device) == lengths[:, None]
@@ -73,14 +75,20 @@ class TextTower(nn.Module):
             return None, x
         return self._embedding(x[torch.arange(x.shape[0], device=x.device), lengths]), x[:, :length]
 
-    def _forward_legacy(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, input_ids: Tensor, context: Tensor | None) -> Tensor:
+        x = self.tokens(input_ids)
+        if context is None:
+            return x
+        return torch.cat([x[:, :1], context.to(x.dtype), x[:, 1 + context.shape[1] :]], dim=1)
+
+    def _forward_legacy(self, input_ids: Tensor, lengths: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """CLS at the very end, behind a mask that is shifted by one: it sees the first pad, and not itself."""
         length, full = input_ids.shape[1], self.config.context_length
         # The mask's outcome depends on there being a pad column, unless the caption fills the whole context.
         pads = min(length + 1, full) - length
         input_ids = F.pad(input_ids, (0, pads), value=self.pad_id)
         table = self.positions
-        x = self.tokens(input_ids) + table[: length + pads]
+        x = self._embed(input_ids, context) + table[: length + pads]
         cls_row = (self.cls_token + table[-1]).to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([x, cls_row], dim=1)
         column = torch.arange(x.shape[1], device=x.device)

@@ -7,6 +7,7 @@ from transformers import initialization
 from .configuration_mmscale import MMScaleConfig
 from .layers import AttentionalPooler, Block
 from .linear import Linear
+from .prompts import PoolingGuide, VisionPrompts
 
 
 class VisionTower(nn.Module):
@@ -27,9 +28,19 @@ class VisionTower(nn.Module):
         self.pooler = AttentionalPooler(vision, config.embed_dim, vision.pooler_heads, vision.pooler_queries)
         self.norm_pooled = nn.LayerNorm(config.embed_dim, eps=vision.layer_norm_eps)
         self.projection = Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.prompts = self.guide = None
+        if vision.prompt_tokens:
+            self.prompts = VisionPrompts(vision.prompt_tokens, vision.width, vision.layers, vision.prompt_depth)
+        if vision.guided_pooling:
+            self.guide = PoolingGuide(config.embed_dim)
 
     def forward(
-        self, pixel_values: Tensor, keep: Tensor | None = None, embed: bool = True, tokens: bool = True
+        self,
+        pixel_values: Tensor,
+        keep: Tensor | None = None,
+        embed: bool = True,
+        tokens: bool = True,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """[batch, 3, height, width] to the embedding [batch, embed_dim], not normalised, and the picture tokens.
 
@@ -37,12 +48,29 @@ class VisionTower(nn.Module):
             pixel_values: uint8, or floats that are already normalised.
             keep: int64 [batch, kept], the patches to look at; all when None.
             embed, tokens: what is wanted; the rest is None and is not computed.
+            guide: [batch or 1, embed_dim], the embedding of a text that says what the image embedding is to be about;
+                or several for each picture, [batch or 1, guides, embed_dim], and so many image embeddings.
+
+        Raises:
+            ValueError: a guide for a model without guided pooling.
         """
+        if guide is not None and self.guide is None:
+            raise ValueError("this model was not tuned to be guided by a text (vision_config.guided_pooling)")
         x = self.trunk(pixel_values, keep)
+        if embed and guide is not None:
+            return self._guided(x, tokens, guide)
         pooled, _ = self.pooler(x, 0 if embed else 1, None if tokens else 1)
         pooled = self.norm_pooled(pooled)
         image_embeds = self.projection(pooled[:, 0]) if embed else None
         return image_embeds, (pooled[:, int(embed) :] if tokens else None)
+
+    def _guided(self, x: Tensor, tokens: bool, guide: Tensor) -> tuple[Tensor, Tensor | None]:
+        shift, gain, offset = self.guide(guide if guide.ndim == 3 else guide[:, None])
+        pooled, _ = self.pooler(x, 0, None if tokens else 1, shift)
+        pooled = self.norm_pooled(pooled)
+        first, rest = pooled[:, : shift.shape[1]], pooled[:, shift.shape[1] :]
+        image_embeds = self.projection(first * (1 + gain) + offset)
+        return image_embeds if guide.ndim == 3 else image_embeds[:, 0], (rest if tokens else None)
 
     def trunk(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
         """The last block's output, [batch, patches (after the class token, if any), width]."""
@@ -65,9 +93,9 @@ class VisionTower(nn.Module):
             first = (self.class_token + positions[0]).to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat([first, x], dim=1)
         x = self.norm_pre(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        for layer, block in enumerate(self.blocks):
+            x = block(x if self.prompts is None else self.prompts(x, layer))
+        return x if self.prompts is None else self.prompts.without(x)
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
         """[batch, patches, 3 * patch size squared], channels first as in a convolution's weight."""
