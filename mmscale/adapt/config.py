@@ -4,10 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmscale.adapt.combine.settings import DistillConfig, EnsembleConfig, QuantizeConfig, SoupConfig
+from mmscale.adapt.explain.settings import ExplainConfig
 from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveInt, Section, TrainConfig
 
 METHODS = {
     "heads": "mmscale.adapt.heads:tune_heads",
+    "soup": "mmscale.adapt.combine.soup:cook_soup",
+    "ensemble": "mmscale.adapt.combine.ensemble:fit_ensemble",
+    "quantize": "mmscale.adapt.combine.quantize:quantize",
+    "distill": "mmscale.adapt.combine.distill:distill",
+    "explain": "mmscale.adapt.explain.method:explain",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 
@@ -52,6 +59,11 @@ class AdaptSection(Section):
     choose_by: str | None = Field(None, description="dev score that the best weights are chosen by; the first if unset")
     patience: PositiveInt | None = Field(None, description="evaluations without a better one, after which it ends")
     heads: dict[str, HeadTask] = Field({}, description="method `heads`: the tasks by name")
+    soup: SoupConfig = SoupConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    distill: DistillConfig = DistillConfig()
+    explain: ExplainConfig = ExplainConfig()
 
 
 class AdaptConfig(Config):

@@ -120,6 +120,7 @@ class MMScaleConfig(PretrainedConfig):
         legacy_cls_mask: the text embedding sees the first pad and not itself, as weights trained with open_clip's
             default expect.
         heads: name -> settings of a task head: `kind`, `fusion`, `labels` (or `outputs`), `hidden`; see `heads.py`.
+        int8: the weights of linear layers and embeddings are held in 8 bits; see `int8.py`.
     """
 
     model_type = "mmscale"
@@ -146,6 +147,7 @@ class MMScaleConfig(PretrainedConfig):
         logit_bias_init: float | None = None,
         legacy_cls_mask: bool = False,
         heads: dict[str, dict] | None = None,
+        int8: bool = False,
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
@@ -161,6 +163,7 @@ class MMScaleConfig(PretrainedConfig):
         self.logit_bias_init = logit_bias_init
         self.legacy_cls_mask = legacy_cls_mask
         self.heads = heads or {}
+        self.int8 = int8
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

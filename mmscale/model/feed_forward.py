@@ -32,14 +32,14 @@ class ActivatedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, activation: str):
         super().__init__(in_features, out_features)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: `{activation}` is not one of {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: `{activation}` is not one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return _ActivatedLinear.apply(x, self.weight, self.bias, self.activation)
-        return F.linear(_ACTIVATIONS[self.activation](x), self.weight, self.bias)
+        return F.linear(ACTIVATIONS[self.activation](x), self.weight, self.bias)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -53,14 +53,14 @@ class _ActivatedLinear(torch.autograd.Function):
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, weight)  # the weight itself, not its cast: sharded training may release it meanwhile
         with torch.autocast(device, enabled=False):
-            return F.linear(_ACTIVATIONS[activation](x), weight.to(ctx.dtype), bias.to(ctx.dtype))
+            return F.linear(ACTIVATIONS[activation](x), weight.to(ctx.dtype), bias.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad = grad.to(ctx.dtype)
         rows = grad.flatten(0, -2)
-        activated = _ACTIVATIONS[ctx.activation](x)
+        activated = ACTIVATIONS[ctx.activation](x)
         d_weight = (rows.T @ activated.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         del activated
@@ -92,7 +92,7 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (gate + 1.702 * x * gate * (1 - gate))
 
 
-_ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
 _DERIVATIVES = {"gelu": _gelu_backward, "gelu_tanh": _gelu_tanh_backward, "quick_gelu": _quick_gelu_backward}
 
 
