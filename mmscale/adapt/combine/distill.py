@@ -46,7 +46,7 @@ def distill(config: AdaptConfig) -> int:
     settings = config.adapt.distill
     if settings.teacher is None:
         raise UserError("adapt.distill.teacher: is required: the run, checkpoint or exported folder to learn from")
-    teacher = load_pretrained(settings.teacher)
+    teacher = load_pretrained(settings.teacher, device="cpu")
     config = with_teacher_settings(config, teacher)
 
     def student(config: AdaptConfig, tokenizer: Tokenizer) -> MMScaleModel:
@@ -113,7 +113,8 @@ class Teacher:
     """What the teacher says about a micro-batch, worked out once for all tasks; and its bank of embeddings."""
 
     def __init__(self, teacher: Pretrained, config: AdaptConfig):
-        self.model = teacher.model.eval().requires_grad_(False)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.model = teacher.model.eval().requires_grad_(False).to(device)
         self._batch: Encoded | None = None
         self._answer: Encoded | None = None
         self.bank_images, self.bank_texts = self._embed_bank(teacher, config)
@@ -121,7 +122,6 @@ class Teacher:
     def on(self, batch: Encoded) -> Encoded:
         """The micro-batch through the teacher."""
         if batch is not self._batch:
-            self.model.to(batch.pixel_values.device)
             self._batch = batch
             self._answer = Encoded(self.model, batch.pixel_values, batch.input_ids, batch.lengths)
         return self._answer
@@ -180,17 +180,18 @@ class ContrastiveDistillation(_Distillation):
     name = "contrastive"
 
     def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
-        device = encoded.pixel_values.device
+        parts = {"image_embeds": self.teacher.bank_texts, "text_embeds": self.teacher.bank_images}
         with torch.no_grad():
             answer = self.teacher.on(encoded)
+            wanted = {part: getattr(answer, part) for part in parts}
             scale = self.teacher.model.logit_scale()[0] / self.settings.temperature
-        divergence = torch.zeros(len(inputs["valid"]), device=device)
-        for part, bank in (("image_embeds", self.teacher.bank_texts), ("text_embeds", self.teacher.bank_images)):
-            anchors = bank.to(device).T * scale
-            with torch.no_grad():
-                wanted = getattr(answer, part).float() @ anchors
-            divergence = divergence + _divergence(wanted, getattr(encoded, part).float() @ anchors) / 2
-        return masked_sum(divergence, inputs["valid"]) * self.settings.temperature**2
+        found = {part: getattr(encoded, part) for part in parts}
+        with torch.autocast(scale.device.type, enabled=False):
+            anchors = {part: scale * bank.T for part, bank in parts.items()}
+            divergence = sum(
+                _divergence(wanted[part].float() @ anchors[part], found[part].float() @ anchors[part]) for part in parts
+            )
+        return masked_sum(divergence / 2, inputs["valid"]) * self.settings.temperature**2
 
 
 class CaptionDistillation(_Distillation):
@@ -240,7 +241,7 @@ def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 
 def _report(config: AdaptConfig, teacher: Pretrained) -> None:
-    student = load_pretrained(config.run.dir)
+    student = load_pretrained(config.run.dir, device=model_device(teacher.model))
     models = {"teacher": teacher, "student": student}
     scores = {name: evaluate(config, model, config.data.test, "data.test") for name, model in models.items()}
     parameters = {name: sum(p.numel() for p in model.model.parameters()) for name, model in models.items()}
