@@ -132,7 +132,7 @@ def word_log_probabilities(
         limit = int(lengths[row]) - 2
         starts = [end - size for end, size in zip(ends, sizes, strict=True)]
         spans = [(min(start, limit), min(end, limit)) for start, end in zip(starts, ends, strict=True)]
-        found.append(torch.stack([logs[row, start:end].sum() for start, end in spans]))
+        found.append(torch.tensor([float(logs[row, start:end].sum()) for start, end in spans]))
     return found
 
 
