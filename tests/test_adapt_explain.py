@@ -112,6 +112,7 @@ def test_the_overlay_dims_what_does_not_matter_and_frames_the_peak():
     assert int(drawn[:, 8, 56].min()) > 190 and drawn[:, 60, 4].tolist() == [50] * 3
     assert drawn[:, 0, 48].tolist() == [255] * 3
     assert torch.equal(overlay(pixels, None, side=64), pixels)
+    assert int(overlay(pixels, -relevance, side=64).max()) == 50
 
 
 def test_words_are_escaped():

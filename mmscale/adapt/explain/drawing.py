@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-SIDE, MARGIN, LINE = 192, 8, 20  # pixels of a drawn picture, around it, and of the text below
+SIDE, MARGIN, LINE, COLUMNS = 192, 8, 20, 8  # pixels of a drawn picture, around it, of the text below; in a row
 DIM = 0.25  # brightness where nothing matters
 FRAME, INK, PAPER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
 
@@ -36,12 +36,14 @@ def sheet(pixels: Tensor, maps: Sequence[Map]) -> Image.Image:
     """The maps of one picture side by side, with what each is of below it."""
     font = ImageFont.load_default(size=14)
     cell = SIDE + 2 * MARGIN
-    image = Image.new("RGB", (cell * len(maps), cell + LINE), PAPER)
+    rows = -(-len(maps) // COLUMNS)
+    image = Image.new("RGB", (cell * min(len(maps), COLUMNS), (cell + LINE) * rows), PAPER)
     draw = ImageDraw.Draw(image)
     for number, (title, relevance) in enumerate(maps):
         drawn = overlay(pixels, relevance).permute(1, 2, 0).contiguous().numpy()
-        image.paste(Image.fromarray(drawn), (number * cell + MARGIN, MARGIN))
-        draw.text((number * cell + MARGIN, cell), title[:26], fill=INK, font=font)
+        left, top = number % COLUMNS * cell + MARGIN, number // COLUMNS * (cell + LINE)
+        image.paste(Image.fromarray(drawn), (left, top + MARGIN))
+        draw.text((left, top + cell), title[:26], fill=INK, font=font)
     return image
 
 

@@ -56,7 +56,7 @@ def explain(config: AdaptConfig) -> int:
     report: dict = {"model": str(model.path), "pictures": shown}
     if (game := play(config, explainer)) is not None:
         report["pointing"] = {"shares": game.shares(), "tries": dict(game.tries)}
-        rows = [(kind, f"{share:.1%}", game.tries[kind]) for kind, share in game.shares().items()]
+        rows = [(kind, f"{share:.1%}", game.tries[kind]) for kind, share in sorted(game.shares().items())]
         sections.insert(0, table("Pointing game: the peak lies on what was named", ("", "hits", "tries"), rows))
         for kind, share, tries in rows:
             print(f"pointing game, {kind}: {share} of {tries}", flush=True)
@@ -117,7 +117,7 @@ class Explainer:
             ]
         facts["maps"] = {title: relevance.tolist() for title, relevance in maps if relevance is not None}
         sheet(picture.pixels, maps).save(file)
-        shown = [(overlay(picture.pixels, relevance), [("", title)]) for title, relevance in maps]
+        shown = [(overlay(picture.pixels, relevance), [("", title), *_most(relevance)]) for title, relevance in maps]
         html = cards(f"{picture.name}: {caption}", shown)
         if lines:
             html += f"<details open><summary>{escape('words that mattered')}</summary>\n{''.join(lines)}</details>\n"
@@ -197,6 +197,11 @@ def _play_one(game: PointingGame, explainer: Explainer, pixels: Tensor, caption:
                 anywhere = torch.zeros(covered.grid)
                 anywhere.view(-1)[part] = 1
                 add("(guess: any patch)", anywhere, boxes)
+
+
+def _most(relevance: Tensor | None) -> list[tuple[str, str]]:
+    """A line that says how much there is to see: brightness is relative to it."""
+    return [] if relevance is None else [("muted", f"peak {float(relevance.max()):.3g}")]
 
 
 def _class_names(config: AdaptConfig) -> list[str]:
