@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mmscale.adapt.combine.settings import DistillConfig, EnsembleConfig, QuantizeConfig, SoupConfig
+from mmscale.adapt.explain.settings import ExplainConfig
 from mmscale.adapt.instructions.settings import BuildInstructionsSettings, InstructionSettings
 from mmscale.adapt.prompts.settings import PromptsConfig
 from mmscale.config import Config, DataConfig, NonNegativeInt, Paths, PositiveInt, Section, TrainConfig
@@ -13,6 +15,11 @@ METHODS = {
     "build_instructions": "mmscale.adapt.instructions.build:build_instructions",
     "instructions": "mmscale.adapt.instructions.command:tune_instructions",
     "prompts": "mmscale.adapt.prompts.tune:tune_prompts",
+    "soup": "mmscale.adapt.combine.soup:cook_soup",
+    "ensemble": "mmscale.adapt.combine.ensemble:fit_ensemble",
+    "quantize": "mmscale.adapt.combine.quantize:quantize",
+    "distill": "mmscale.adapt.combine.distill:distill",
+    "explain": "mmscale.adapt.explain.method:explain",
 }
 """What `adapt.method` may be, and the function that does it: AdaptConfig -> exit code."""
 
@@ -60,6 +67,11 @@ class AdaptSection(Section):
     build_instructions: BuildInstructionsSettings = BuildInstructionsSettings()
     instructions: InstructionSettings = InstructionSettings()
     prompts: PromptsConfig | None = Field(None, description="method `prompts`")
+    soup: SoupConfig = SoupConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    distill: DistillConfig = DistillConfig()
+    explain: ExplainConfig = ExplainConfig()
 
 
 class AdaptConfig(Config):

@@ -34,7 +34,7 @@ class CardFacts:
     Attributes:
         name: of the model, as the folder is called.
         num_parameters: of the whole model.
-        dtype: of the weights, `fp32`, `bf16` or `fp16`.
+        dtype: of the weights, `fp32`, `bf16`, `fp16` or `int8`.
         samples, step: how far the training had come.
         license: as the Hub spells it (`apache-2.0`, `cc-by-4.0`, ...); left out when unknown.
         data: what the model was trained on, in the user's words.
@@ -52,10 +52,14 @@ class CardFacts:
     scored_on: str = "a held-out split"
 
 
-def model_card(model: MMScaleConfig, run: Config, facts: CardFacts) -> str:
-    """The text of `README.md`: the Hub's metadata (with `model-index` when there are scores) and a page of Markdown."""
+def model_card(model: MMScaleConfig, run: Config | None, facts: CardFacts) -> str:
+    """The text of `README.md`: the Hub's metadata (with `model-index` when there are scores) and a page of Markdown.
+
+    run: what the model was trained with; the card is silent about it when None.
+    """
     parts = [f"---\n{_metadata(model, facts)}\n---\n", f"# {facts.name}\n", _introduction(model, facts)]
-    parts += [_training(run, facts)]
+    if run is not None:
+        parts.append(_training(run, facts))
     if known := _known_scores(facts):
         parts.append(_score_table(known, facts))
     parts.append(_usage(model, facts))

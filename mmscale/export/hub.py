@@ -88,11 +88,7 @@ def export_hub(
     with whole_folder(out) as folder:
         total = write_weights(folder, entries, DTYPES[dtype], shard_bytes)
         say(f"weights of {source.path}: {total / 1e6:,.1f} MB in {dtype}")
-        _write_config(folder, config, DTYPES[dtype])
-        (folder / EXPORTED_TOKENIZER).write_bytes(pieces_bytes)
-        write_processor(folder, config, fast_tokenizer(pieces, pieces_bytes, config.text_config.context_length))
-        for file in code_files():
-            shutil.copyfile(file, folder / file.name)
+        write_all_but_weights(folder, config, DTYPES[dtype], pieces, pieces_bytes)
         facts = CardFacts(
             name=name or out.name,
             num_parameters=sum(entry.num_elements for entry in entries.values()),
@@ -111,6 +107,17 @@ def export_hub(
         largest = ", ".join(f"{key} {value:.1g}" for key, value in differences.items())
         say(f"loaded in a process without mmscale; largest differences: {largest}")
     return out
+
+
+def write_all_but_weights(
+    folder: Path, config: MMScaleConfig, dtype: torch.dtype, pieces: Tokenizer, pieces_bytes: bytes
+) -> None:
+    """Everything that a stock call needs to load the folder: configuration, tokenizer, processor, code."""
+    _write_config(folder, config, dtype)
+    (folder / EXPORTED_TOKENIZER).write_bytes(pieces_bytes)
+    write_processor(folder, config, fast_tokenizer(pieces, pieces_bytes, config.text_config.context_length))
+    for file in code_files():
+        shutil.copyfile(file, folder / file.name)
 
 
 def code_files() -> list[Path]:

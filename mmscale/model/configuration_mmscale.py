@@ -135,6 +135,7 @@ class MMScaleConfig(PretrainedConfig):
         heads: name -> settings of a task head: `kind`, `fusion`, `labels` (or `outputs`), `hidden`; see `heads.py`.
         class_prompts: classes with learned context vectors before their names: `names`, `token_ids` (the pieces of each
             name), `context_tokens`, and `kind` (`unified`, `class` or `image`).
+        int8: the weights of linear layers and embeddings are held in 8 bits; see `int8.py`.
     """
 
     model_type = "mmscale"
@@ -162,6 +163,7 @@ class MMScaleConfig(PretrainedConfig):
         legacy_cls_mask: bool = False,
         heads: dict[str, dict] | None = None,
         class_prompts: dict | None = None,
+        int8: bool = False,
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
@@ -178,6 +180,7 @@ class MMScaleConfig(PretrainedConfig):
         self.legacy_cls_mask = legacy_cls_mask
         self.heads = heads or {}
         self.class_prompts = class_prompts
+        self.int8 = int8
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

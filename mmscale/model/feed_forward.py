@@ -34,14 +34,14 @@ class ActivatedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, activation: str):
         super().__init__(in_features, out_features)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: `{activation}` is not one of {', '.join(_ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: `{activation}` is not one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return _ActivatedLinear.apply(x, self.weight, self.bias, self.activation)
-        return multiplier(x, self.weight)(_ACTIVATIONS[self.activation](x), self.weight, self.bias)
+        return multiplier(x, self.weight)(ACTIVATIONS[self.activation](x), self.weight, self.bias)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _ActivatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)  # the weight itself, not its cast: sharded training may release it meanwhile
         with torch.autocast(device, enabled=False):
             weight = weight.to(ctx.dtype)
-            return multiplier(x, weight)(_ACTIVATIONS[activation](x), weight, bias.to(ctx.dtype))
+            return multiplier(x, weight)(ACTIVATIONS[activation](x), weight, bias.to(ctx.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -64,7 +64,7 @@ class _ActivatedLinear(torch.autograd.Function):
         grad = grad.to(ctx.dtype)
         rows, matrix = grad.flatten(0, -2), weight.to(ctx.dtype)
         multiply = multiplier(x, matrix)
-        activated = _ACTIVATIONS[ctx.activation](x)
+        activated = ACTIVATIONS[ctx.activation](x)
         d_weight = multiply(rows.T, activated.flatten(0, -2).T).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_bias = rows.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         del activated
@@ -96,7 +96,7 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (gate + 1.702 * x * gate * (1 - gate))
 
 
-_ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "quick_gelu": quick_gelu}
 _DERIVATIVES = {"gelu": _gelu_backward, "gelu_tanh": _gelu_tanh_backward, "quick_gelu": _quick_gelu_backward}
 
 

@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from .configuration_mmscale import MMScaleConfig
 from .generation import CaptionGenerationMixin, Pictures
 from .heads import TaskHeads, caption_likelihood
+from .int8 import with_int8_layers
 from .logit_scale import LogitScale
 from .patch_dropout import kept_patches
 from .prompts import ClassPrompts
@@ -78,6 +79,8 @@ class MMScalePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if self.config.int8:
+            return  # all weights are loaded
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -103,6 +106,8 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
             self.heads = TaskHeads(config)
         if config.class_prompts:
             self.class_prompts = ClassPrompts(config)
+        if config.int8:
+            with_int8_layers(self)
         self.post_init()
 
     def encode_image(self, pixel_values: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class VisionTower(nn.Module):
         size = self.config.patch_size
         x = pixel_values.unfold(2, size, size).unfold(3, size, size)  # [batch, 3, rows, columns, size, size]
         x = x.permute(0, 2, 3, 1, 4, 5).flatten(4).flatten(1, 2)  # [batch, patches, 3, size * size]
-        dtype = self.patch_embedding.weight.dtype
+        dtype = self.positions.dtype
         if not pixel_values.is_floating_point():
             mean = torch.tensor(self.image_mean, device=x.device)[:, None] * 255
             std = torch.tensor(self.image_std, device=x.device)[:, None] * 255
