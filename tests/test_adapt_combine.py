@@ -184,7 +184,8 @@ def test_an_8_bit_layer_is_near_its_original_and_a_token_does_not_depend_on_its_
     x[0] *= 1000
     with torch.no_grad():
         found, expected = layer(x), linear(x)
-        assert torch.equal(layer(x[1:2]), found[1:2])
+        # To rounding where floating-point products are summed in another order for another number of rows.
+        torch.testing.assert_close(layer(x[1:2]), found[1:2], rtol=0, atol=0 if bytes_are_multiplied else 1e-5)
     error = (found - expected).flatten(0, 1).norm(dim=1) / expected.flatten(0, 1).norm(dim=1)
     assert float(error.max()) < 0.015
 

@@ -25,6 +25,8 @@ def overlay(pixels: Tensor, relevance: Tensor | None, side: int = SIDE) -> Tenso
     bright = _resized(shares[None], side).clamp(0, 1)
     drawn = (picture * (DIM + (1 - DIM) * bright)).round().clamp(0, 255).to(torch.uint8)
     rows, columns = relevance.shape
+    if not shares.any():  # nothing speaks for it, so there is no peak
+        return drawn
     row, column = divmod(int(relevance.argmax()), columns)
     _frame(
         drawn, row * side // rows, (row + 1) * side // rows, column * side // columns, (column + 1) * side // columns
