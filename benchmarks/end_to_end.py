@@ -119,7 +119,7 @@ def compare(report: Report, name: str, case: Case, rounds: int, seconds: float) 
             if number >= 2 and time.monotonic() - begun > seconds:
                 break
         facts = {
-            "case": name,
+            "training": name,
             "jpeg": "x".join(map(str, case.photo)),
             "batch": case.batch,
             "threads": case.threads,
@@ -134,7 +134,7 @@ def compare(report: Report, name: str, case: Case, rounds: int, seconds: float) 
                 report.add(f"{side} / open_clip", "ratio", gain, "higher", **facts)
         tokenizer = Tokenizer.load(jobs["mmscale exact"]["tokenizer"]["path"])
         lengths = [len(tokenizer.encode(text, 76)) for text in iter_captions(shards(Path(folder)), DataConfig())]
-        report.add("tokens of a caption", "tokens", lengths, "neither", case=name)
+        report.add("tokens of a caption", "tokens", lengths, "neither", training=name)
 
 
 def shards(folder: Path) -> list[str]:
