@@ -97,7 +97,9 @@ def test_check_names_every_fault_of_every_host(cluster):
         "deepspeed 0.9.5",
         "mmscale 0.0.0",
     ]
-    assert table["old"][4].startswith("source of mmscale") and re.fullmatch("clock differs by (5.|6.) s", table["old"][5])
+    assert table["old"][4].startswith("source of mmscale") and re.fullmatch(
+        "clock differs by (5.|6.) s", table["old"][5]
+    )
     assert table["apart"] == ["run.dir is not the folder that this machine sees"]
     assert "cannot run the check there" in table["bare"][0] and "No such file" in table["bare"][0]
     assert "not reachable" in table["gone"][0] and "No route to host" in table["gone"][0]
