@@ -1,5 +1,6 @@
 """Prompts: what a search finds, what calibration repairs, what training moves, and what is left on disk."""
 
+import itertools
 import json
 
 import pytest
@@ -8,14 +9,15 @@ from checkpoints import write_checkpoint
 from ranks import run_ranks
 
 from mmscale.adapt.config import AdaptConfig
+from mmscale.adapt.objective import Encoded
 from mmscale.adapt.prompts.answers import search_answers
 from mmscale.adapt.prompts.calibration import calibration_table, contextual_bias, fit_temperature, prior_bias
 from mmscale.adapt.prompts.classes import Classes, find_classes
 from mmscale.adapt.prompts.metrics import balanced_accuracy, expected_calibration_error
 from mmscale.adapt.prompts.pictures import Pictures
 from mmscale.adapt.prompts.scorers import CaptionScorer
-from mmscale.adapt.prompts.shots import ShotStream, draw_shots
-from mmscale.adapt.prompts.soft import nearest_mean_accuracy
+from mmscale.adapt.prompts.shots import ShotStream, draw_shots, encode_shots
+from mmscale.adapt.prompts.soft import ImagePromptTask, nearest_mean_accuracy
 from mmscale.adapt.prompts.templates import grow_ensemble, rank, recombined, templates_of_captions
 from mmscale.adapt.prompts.triggers import TriggerSearch
 from mmscale.adapt.prompts.tune import tune_prompts
@@ -234,6 +236,21 @@ def test_examples_follow_the_seed_and_number_the_same_in_each_class(base):
     for part, first in ((rows(0, 2, 1), 0), (rows(1, 2, 3), 1)):
         assert part == [batch[first::2] for batch in whole]
     assert rows(0, 1, 6, samples=6)[:2] == whole[1:]
+
+
+def test_known_embeddings_give_the_loss_of_the_image_tower(base):
+    classes = Classes(COUNTS["label"], {"1": ["a"], "2": ["two"], "3": ["three"]})
+    settings = config(base, "x", prompts=COUNTS | {"shots": 2})
+    pretrained = load_pretrained(base / "base")
+    shots = draw_shots(settings, pretrained.tokenizer, classes, 32, 24)
+    share = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1}
+    ((batch,),) = itertools.islice(ShotStream(shots, pad_id=0, context_length=24, seed=0, **share).batches(0), 1)
+    embeds = encode_shots(pretrained.model, shots, classes).image_embeds
+    words = ImagePromptTask(classes, pretrained.model, pretrained.tokenizer, ["a {}"])
+    towers = Encoded(pretrained.model, batch.pixel_values)
+    plain = words.loss_sum(pretrained.model, towers, words.prepare(batch))
+    words.embeds = dict(zip((shot.key for shot in shots), embeds, strict=True))
+    torch.testing.assert_close(words.loss_sum(pretrained.model, None, words.prepare(batch)), plain)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from mmscale.adapt.prompts.calibration import calibration_table
 from mmscale.adapt.prompts.classes import Classes, find_classes
 from mmscale.adapt.prompts.pictures import encode_content_free, encode_splits
 from mmscale.adapt.prompts.settings import PromptsConfig
-from mmscale.adapt.prompts.shots import ShotStream, draw_shots
+from mmscale.adapt.prompts.shots import Shot, ShotStream, draw_shots, encode_shots
 from mmscale.adapt.prompts.soft import ContextTask, Guide, GuideTask, ImagePromptTask, PrefixTask, encode_guided
-from mmscale.adapt.tuning import BuildModel, MakeStream, open_split, tune
+from mmscale.adapt.tuning import BuildModel, open_split, tune
 from mmscale.config import ClassPromptsConfig, PromptParts
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
@@ -33,15 +33,34 @@ def learn_classes(config: AdaptConfig, settings: PromptsConfig) -> tuple[int, di
     classes = find_classes(config, settings.label, settings.classes, "adapt.prompts")
     config = _with_parts(complete(config, base), _parts(settings, classes, base.tokenizer))
 
+    drawn: list[Shot] = []
+
+    def shots(model: MMScaleModel, tokenizer: Tokenizer) -> list[Shot]:
+        if not drawn:
+            sizes = model.config.vision_config.image_size, model.config.text_config.context_length
+            drawn.extend(draw_shots(config, tokenizer, classes, *sizes))
+        return drawn
+
     def make_tasks(model: MMScaleModel, tokenizer: Tokenizer) -> Sequence[ContextTask | ImagePromptTask | PrefixTask]:
         if settings.kind == "context":
-            return [ContextTask(classes)]
+            frozen = not any(parameter.requires_grad for parameter in model.vision.parameters())
+            if settings.shots is None or not frozen:
+                return [ContextTask(classes)]
+            embeds = encode_shots(model, shots(model, tokenizer), classes).image_embeds
+            return [ContextTask(classes, dict(zip((shot.key for shot in drawn), embeds, strict=True)))]
         templates = read_templates(settings.templates)
         if settings.kind == "image":
             return [ImagePromptTask(classes, model, tokenizer, templates)]
         return [PrefixTask(classes, tokenizer, templates[0], model.config.text_config.context_length)]
 
-    code = tune(config, make_tasks, _build_model(settings), _make_stream(classes) if settings.shots else None)
+    def make_stream(
+        config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, share: dict[str, int]
+    ) -> ShotStream:
+        context_length = model.config.text_config.context_length
+        of_text = {"pad_id": tokenizer.pad_id, "context_length": context_length}
+        return ShotStream(shots(model, tokenizer), **of_text, seed=config.run.seed, **share)
+
+    code = tune(config, make_tasks, _build_model(settings), make_stream if settings.shots else None)
     if code:
         return code, None
     chosen = load_pretrained(config.run.dir)
@@ -118,14 +137,3 @@ def _build_model(settings: PromptsConfig) -> BuildModel:
         return model
 
     return build
-
-
-def _make_stream(classes: Classes) -> MakeStream:
-    """A stream over the examples of `shots`, instead of all training data."""
-
-    def make(config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, share: dict[str, int]) -> ShotStream:
-        context_length = model.config.text_config.context_length
-        shots = draw_shots(config, tokenizer, classes, model.config.vision_config.image_size, context_length)
-        return ShotStream(shots, pad_id=tokenizer.pad_id, context_length=context_length, seed=config.run.seed, **share)
-
-    return make

@@ -30,6 +30,11 @@ class Shot:
     pixels: np.ndarray
     row: Row
 
+    @property
+    def key(self) -> str:
+        """As in a batch."""
+        return f"{self.row.shard}/{self.row.key}"
+
 
 def draw_shots(
     config: AdaptConfig, tokenizer: Tokenizer, classes: Classes, image_size: int, context_length: int
@@ -108,7 +113,7 @@ class ShotStream:
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._rank, self._world_size = rank, world_size
         self.num_samples = len(shots)
-        keys = json.dumps([f"{shot.row.shard}/{shot.row.key}" for shot in shots])
+        keys = json.dumps([shot.key for shot in shots])
         self.fingerprint = hashlib.sha256(keys.encode()).hexdigest()
 
     def batches(self, samples: int) -> Iterator[list[LabelledBatch]]:

@@ -24,21 +24,27 @@ from mmscale.objectives.captioning import caption_loss, predicted_tokens
 
 
 class _Classification:
-    """Pictures of known classes; a subclass says how the model scores them."""
+    """Pictures of known classes; a subclass says how the model scores them.
+
+    Args:
+        embeds: image embeddings by a sample's key, where they are known and do not change; the image tower then rests.
+    """
 
     name, weight = "classes", 1.0
     needs_tokens = False
 
-    def __init__(self, classes: Classes):
-        self.classes = classes
+    def __init__(self, classes: Classes, embeds: dict[str, Tensor] | None = None):
+        self.classes, self.embeds = classes, embeds
 
     def prepare(self, batch: LabelledBatch) -> dict[str, Tensor]:
         targets = self.classes.targets(batch.records)
         known = (targets >= 0) & batch.valid
-        return {"targets": targets.clamp(min=0), "known": known, "count": known.sum()}
+        inputs = {"targets": targets.clamp(min=0), "known": known, "count": known.sum()}
+        return inputs | ({"embeds": torch.stack([self.embeds[key] for key in batch.keys])} if self.embeds else {})
 
     def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
-        terms = F.cross_entropy(self.logits(model, encoded.image_embeds), inputs["targets"], reduction="none")
+        image_embeds = inputs["embeds"] if self.embeds else encoded.image_embeds
+        terms = F.cross_entropy(self.logits(model, image_embeds), inputs["targets"], reduction="none")
         return masked_sum(terms, inputs["known"])
 
     @torch.no_grad()
