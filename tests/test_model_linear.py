@@ -80,6 +80,14 @@ def test_what_onednns_operator_has_no_rule_for_is_computed_plainly(onednn):
     assert not any("mkldnn" in str(node.target) for node in graph.nodes)
 
 
+def test_no_rows_at_all_are_multiplied_too(onednn):
+    """The texts of a micro-batch in which every sample is bad."""
+    x = torch.randn(0, 6, requires_grad=True)
+    for layer in (Linear(6, 3), ActivatedLinear(6, 3, "gelu")):
+        layer(x).sum().backward()
+        assert layer.weight.grad.shape == (3, 6) and not layer.weight.grad.any()
+
+
 def test_small_weights_are_left_to_the_plain_library(monkeypatch):
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
     assert multiplier(torch.randn(4, 128), torch.randn(128, 128)) is F.linear

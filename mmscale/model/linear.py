@@ -36,13 +36,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def multiplier(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
     """The function for this product and for those of its gradients: like `F.linear`, but perhaps not differentiable.
 
-    oneDNN's operator has no rule for tensor subclasses, for autocast and for graphs.
+    oneDNN's operator has no rule for tensor subclasses, for autocast and for graphs, and none for no rows at all, which
+    the texts of a micro-batch of bad samples have.
     """
     onednn = (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
         and weight.numel() >= ONEDNN_MIN_ELEMENTS
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_faster()
