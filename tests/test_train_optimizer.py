@@ -49,6 +49,18 @@ def test_depth_grows_towards_the_input_and_sets_rate_and_start(sizes):
     }
 
 
+def test_muon_steps_the_matrices_inside_blocks_and_nothing_else(sizes):
+    model = build_model(sizes)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(name="muon", lr=0.001, muon_lr=0.02))
+    muon = {names[p] for group in groups if group["use_muon"] for p in group["params"]}
+    assert {name.split(".")[0] for name in muon} == {"vision", "text", "decoder"}
+    assert all("blocks." in name and name.endswith("weight") and model.get_parameter(name).dim() == 2 for name in muon)
+    assert not muon & {"text.tokens.weight", "decoder.head.weight", "vision.patch_embedding.weight"}
+    assert {group["lr_scale"] for group in groups if group["use_muon"]} == {20.0}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
 def test_frozen_parts_are_left_out_and_unknown_ones_named(sizes):
     model = build_model(sizes)
     freeze(model, ["vision", "text.blocks.0"])

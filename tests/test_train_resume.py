@@ -14,6 +14,7 @@ from mmscale.checkpoint import Checkpoint
 from mmscale.config import validate
 from mmscale.data.toy import make_toy
 from mmscale.errors import UserError
+from mmscale.train.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -166,14 +167,23 @@ def test_a_run_goes_on_with_other_ranks_stages_and_accumulation(toy, tmp_path):
 
 
 def test_lines_past_the_checkpoint_are_cut(toy, tmp_path):
-    run = config(toy, tmp_path, steps=4, save_every=16)
+    run = config(toy, tmp_path, steps=4, save_every=24)
     run_ranks(1, train_here, run)
     step_4 = tmp_path / "checkpoints" / "step_00000004" / "manifest.json"
+    assert step_4.exists(), "the last step is saved, whatever save_every is"
     step_4.unlink()  # as if the run had been killed just before this commit
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "sam')
     run_ranks(1, train_here, run)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+
+
+def test_a_line_without_its_end_is_cut_too(tmp_path):
+    # Killed between the object and the end of its line: the next line would be written behind it.
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "samples": 8}\n{"step": 2, "samples": 16}')
+    RunFolder(tmp_path, writes=True).cut(16)
+    assert file.read_text() == '{"step": 1, "samples": 8}\n'
 
 
 def test_what_a_run_is_cannot_change(toy, tmp_path):
