@@ -269,7 +269,7 @@ def stop_in_the_last_step(trainer, update):
 def test_a_run_whose_last_save_fails_is_neither_finished_nor_preempted(tmp_path):
     config = tiny_config(tmp_path, run={"dir": str(tmp_path), "save_every": 32})
     with pytest.raises(AssertionError, match=r"UserError: run.dir: the last save failed: rank 1: OSError"):
-        run_ranks(2, train_tiny, config, limit_files_for_good)
+        run_ranks(2, train_tiny, config, limit_files_for_good, timeout_s=60)
     assert status(tmp_path)["status"] == "stopped"
     assert Checkpoint.open(tmp_path).step == 4
 
