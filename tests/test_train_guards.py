@@ -210,14 +210,6 @@ def twice_with_a_pause(trainer, update):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_dropout_does_not_tell_where_a_run_was_interrupted(tmp_path):
-    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "whole")) == [0, 0]
-    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "parts"), send_at_step_5) == [75, 75]
-    assert run_ranks(2, train_tiny, tiny_config(tmp_path / "parts")) == [0, 0]
-    ours, theirs = ([line["loss"] for line in lines(tmp_path / name, "metrics.jsonl")] for name in ("parts", "whole"))
-    assert ours == theirs
-
-
 def test_signals_that_come_together_are_one_request(tmp_path):
     assert run_ranks(1, train_tiny, tiny_config(tmp_path / "a"), two_at_once) == [75]
     with pytest.raises(AssertionError, match="KeyboardInterrupt"):
