@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from mmscale.model import linear as module
 from mmscale.model.feed_forward import ActivatedLinear
 from mmscale.model.head import VocabularyHead
-from mmscale.model.linear import Linear, linear, multiplier
-from tests.test_objectives_invariance import MASKED, assert_same, gradients
+from mmscale.model.linear import Linear, linear, multiplier, packed_weights
+from tests.test_objectives_invariance import MASKED, assert_same, gradients, new_objective
 
 has_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -76,8 +76,39 @@ def test_what_onednns_operator_has_no_rule_for_is_computed_plainly(onednn):
         assert linear(x, weight).dtype == torch.bfloat16
     with FakeTensorMode():
         assert multiplier(torch.randn(4, 6), torch.randn(3, 6)) is F.linear
-    graph = torch.export.export(Linear(6, 3), (x,)).graph
-    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+    graphs = [torch.export.export(Linear(6, 3), (x,)).graph]
+    torch.compile(Linear(6, 3), backend=lambda module, _: graphs.append(module.graph) or module)(x)
+    assert len(graphs) == 2
+    assert not any("mkldnn" in str(node.target) or "OneDNN" in str(node.target) for g in graphs for node in g.nodes)
+
+
+@has_onednn
+@torch.no_grad()
+def test_decoding_multiplies_by_packed_weights_and_writes_the_same(onednn, monkeypatch):
+    model, pictures = new_objective({}).model.eval(), torch.randn(3, 3, 16, 16)
+    model.text.tokens.weight.mul_(40)  # captions of a fresh model repeat one token, which would hide mistakes
+    settings = {"do_sample": False, "max_new_tokens": 9, "return_dict_in_generate": True, "output_logits": True}
+    found = {}
+    for faster in (False, True):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
+        found[faster] = model.generate(pixel_values=pictures, **settings)
+    packed = [weight.is_mkldnn for _, weight, *_ in onednn]
+    layers = [layer for part in (model.text, model.decoder) for layer in part.modules() if isinstance(layer, Linear)]
+    assert sum(packed) == 9 * (len(layers) - 1)  # all but the projection of CLS
+    assert torch.equal(found[True].sequences, found[False].sequences)
+    for ours, plain in zip(found[True].logits, found[False].logits, strict=True):
+        assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
+    assert all(layer.packed is None for layer in layers)
+
+
+@has_onednn
+def test_packed_weights_are_given_up_after_a_failure_and_never_trained_with(onednn):
+    layer, x = Linear(6, 3), torch.randn(4, 6)
+    with pytest.raises(KeyError), packed_weights(layer):
+        layer(x).sum().backward()
+        assert layer.weight.grad is not None and not any(args[1].is_mkldnn for args in onednn)
+        raise KeyError
+    assert layer.packed is None
 
 
 def test_no_rows_at_all_are_multiplied_too(onednn):

@@ -254,6 +254,15 @@ def test_patch_dropout_leaves_patches_out_in_training_alone():
     assert seen == [9, 17]
 
 
+@torch.no_grad()
+def test_a_kept_patch_takes_its_position_along():
+    """Attention knows no order: patches that come in another one come out in that one."""
+    vision, pictures = new_model().vision.eval(), inputs()["pixel_values"]
+    order = torch.randperm(16).expand(4, -1)
+    shuffled = vision.trunk(pictures, keep=order)[:, 1:]  # the class token stays first
+    assert torch.allclose(shuffled, vision.trunk(pictures)[:, 1:][:, order[0]], atol=1e-5)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [10, 32])
 def test_the_flop_formula_agrees_with_pytorchs_counter(preset, length):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from mmscale.config import DecoderSizes, ModelConfig, ObjectiveConfig, TextSizes, VisionSizes
+from mmscale.model.logit_scale import _BoundedLog
 from mmscale.model.presets import build_model, build_model_config
 from mmscale.objectives.pretraining import PretrainingObjective, forward_backward
 from tests.model_pool import process_pool
@@ -216,3 +217,15 @@ def test_the_logit_scale_stops_at_its_bound_and_comes_back():
         assert scale.item() == pytest.approx(100.0, rel=1e-6)
         # A gradient step goes against the gradient: a negative one would push further out.
         assert log_scale.grad.item() == (0.0 if sign < 0 else pytest.approx(100.0, rel=1e-6))
+
+
+def test_all_ranks_decide_alike_whether_the_logit_scale_may_leave_its_bound(monkeypatch):
+    """Here the gradient would push out, on the other rank it pushes back harder, and back is where the mean points."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.add_(3.0))
+    module = new_objective({}).model.logit_scale
+    log_scale = module.log_scale
+    log_scale.data.fill_(module.limit)
+    _BoundedLog.apply(log_scale, module.limit).backward(torch.tensor([-1.0]))
+    assert log_scale.grad.item() == 1.0

@@ -25,7 +25,7 @@ class MLP(nn.Module):
         init_linear(self.down, (2 * self.depth * width) ** -0.5)
 
 
-class ActivatedLinear(nn.Linear):
+class ActivatedLinear(Linear):
     """A linear layer of the activation of its input.
 
     Args:
@@ -41,7 +41,7 @@ class ActivatedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return _ActivatedLinear.apply(x, self.weight, self.bias, self.activation)
-        return multiplier(x, self.weight)(ACTIVATIONS[self.activation](x), self.weight, self.bias)
+        return super().forward(ACTIVATIONS[self.activation](x))
 
 
 class _ActivatedLinear(torch.autograd.Function):

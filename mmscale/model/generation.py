@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .layers import few_queries
+from .linear import packed_weights
 
 
 @dataclass
@@ -73,7 +74,8 @@ class CaptionGenerationMixin:
             kwargs.setdefault("past_key_values", DynamicCache())
         longest = kwargs.get("max_length") or (kwargs.get("max_new_tokens") or config.max_new_tokens)
         pictures = self._prepare_pictures(image_tokens, longest * (kwargs.get("num_beams") or config.num_beams or 1))
-        return super().generate(input_ids, pictures=pictures, **kwargs)
+        with packed_weights(self.text, self.decoder):
+            return super().generate(input_ids, pictures=pictures, **kwargs)
 
     @torch.no_grad()
     def _prepare_pictures(self, image_tokens: Tensor, queries: int) -> Pictures:

@@ -5,7 +5,8 @@ of an EPYC it reached 190 GFLOP/s where oneDNN reached 410. oneDNN is behind an 
 it is reached without compiling anything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,21 +17,48 @@ from torch.nn import functional as F
 
 # Below this size of a weight the set-up of a oneDNN call costs more than it saves.
 ONEDNN_MIN_ELEMENTS = 1 << 18
+# What packed weights are laid out for: about a batch of decoding.
+PACKED_FOR_ROWS = 8
 
 
 class Linear(nn.Linear):
     """`nn.Linear` by way of `linear`."""
 
+    packed: Tensor | None = None  # the weight as oneDNN wants it, while `packed_weights` is open
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: x [..., inputs], weight [outputs, inputs], bias [outputs] to [..., outputs]."""
+@contextmanager
+def packed_weights(*models: nn.Module) -> Iterator[None]:
+    """For many products of few rows with the same weights, such as the steps of decoding.
+
+    oneDNN brings a weight into a layout of its own in every product, which costs more than the product where the rows
+    are few. While this is open, a second copy of every weight is kept in that layout; they must not change meanwhile.
+    """
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, Linear)]
+    try:
+        for layer in layers:
+            if _suits_onednn(layer.weight):
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PACKED_FOR_ROWS)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """`F.linear`: x [..., inputs], weight [outputs, inputs], bias [outputs] to [..., outputs].
+
+    `packed` is the same weight from `packed_weights`.
+    """
     multiply = multiplier(x, weight)
-    if multiply is _onednn_linear and torch.is_grad_enabled():
+    if multiply is not _onednn_linear:
+        return multiply(x, weight, bias)
+    if torch.is_grad_enabled():
         return _OneDNNLinear.apply(x, weight, bias)
-    return multiply(x, weight, bias)
+    return multiply(x, weight if packed is None else packed, bias)
 
 
 def multiplier(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
@@ -42,14 +70,21 @@ def multiplier(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
     onednn = (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and x.numel() > 0
-        and weight.numel() >= ONEDNN_MIN_ELEMENTS
         and not torch.is_autocast_enabled("cpu")
-        and onednn_is_faster()
+        and _suits_onednn(weight)
     )
     return _onednn_linear if onednn else F.linear
+
+
+def _suits_onednn(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= ONEDNN_MIN_ELEMENTS
+        and onednn_is_faster()
+    )
 
 
 @cache
