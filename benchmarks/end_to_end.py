@@ -11,7 +11,7 @@ that waits for its turn is stopped. Without open_clip in the environment mmscale
 
 Cases:
     b32     CoCa B/32 on pictures of 512 x 384, where the model binds on a CPU
-    photos  a CoCa of 0.5M parameters that drops three patches of four, on pictures of 1024 x 768: made so small that
+    photos  a CoCa of 0.6M parameters that drops three patches of four, on pictures of 1024 x 768: made so small that
             open_clip's loader binds even on a CPU, as it does on a fast GPU
 """
 
