@@ -261,8 +261,8 @@ def test_the_lines_are_right_from_the_first_step_on_and_after_a_resume(tmp_path)
     assert rates == [[rate] * len(rates[0]) for rate in expected], "what the optimizer was given"
     for line in written:
         assert line["data_wait_rank"] == 1
-        # An evaluation's half second is no waiting for data. The wait is rank 1's and `step_s` rank 0's, which may be busy
-        # with something else meanwhile: of these two neither has to be the longer one.
+        # An evaluation's half second is no waiting for data. The wait is rank 1's and `step_s` rank 0's, which may be
+        # busy with something else meanwhile: of these two neither has to be the longer one.
         assert 0.05 <= line["data_wait_s"] < 0.5
         assert line["samples_per_s"] == pytest.approx(BATCH / line["step_s"])
         # Evaluations come after the steps 5, 10, 15; their time is in the next line, and in no step's. Step 11 was the
