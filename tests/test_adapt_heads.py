@@ -159,6 +159,24 @@ def test_the_best_on_dev_is_kept_and_reported_on_test(base):
     assert (base / "best/confusion_shape.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_best_is_known_after_a_resume(base):
+    """Without `choose_by` it is the first score; evaluations that a checkpoint covers are not made again."""
+    sections = {
+        "heads": {"number": HEADS["number"]},
+        "data": {"train": str(base / "data/train-*.tar"), "val": str(base / "data/val-00000.tar"), "workers": 0},
+        "eval": {"every": 16},
+        "optim": {"lr": 5e-2, "schedule": "constant"},
+    }
+    assert tune_heads(config(base, "goes_on", steps=2, **sections)) == 0
+    assert tune_heads(config(base, "goes_on", steps=4, **sections)) == 0
+    scores = [line["number_r2"] for line in lines(base, "goes_on", "evaluations.jsonl")]
+    assert len(scores) == 4
+    assert load_pretrained(base / "goes_on").step == scores.index(max(scores)) + 1
+    unknown = {"adapt": {"method": "heads", "heads": sections["heads"], "choose_by": "number_r3"}}
+    with pytest.raises(UserError, match="adapt.choose_by: there is no score `number_r3`; there are number_r2"):
+        tune_heads(config(base, "goes_on", steps=5, **(sections | unknown)))
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -127,16 +127,12 @@ def _evaluation(
     if config.data.val is None:
         raise UserError("eval.every: needs data.val, the dev split")
     split = open_split(config, model, tokenizer, config.data.val)
-    selection = Selection(config.adapt.choose_by or "", config.adapt.patience)
+    selection = Selection(config.adapt.choose_by, config.adapt.patience)
 
     def evaluate() -> Evaluated:
         autocast = config.train.precision == "bf16"
         device = next(model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            scores = score(model, tasks, split)
-        selection.by = selection.by or next(iter(scores))
-        if selection.by not in scores:
-            raise UserError(f"adapt.choose_by: there is no score `{selection.by}`; there are {', '.join(scores)}")
-        return Evaluated(scores)
+            return Evaluated(score(model, tasks, split))
 
     return {"evaluate": evaluate, "selection": selection}

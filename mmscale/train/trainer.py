@@ -417,7 +417,8 @@ class Trainer:
         if self.task.selection is None:
             return
         for line in self.processes.broadcast(self.folder.evaluations(self.samples)):
-            if self.task.selection.add(line["step"], line):
+            scores = {name: value for name, value in line.items() if name not in ("step", "samples")}
+            if self.task.selection.add(line["step"], scores):
                 self.saver.keep_best(line["step"])
 
     def _flush_save(self) -> None:
