@@ -69,6 +69,11 @@ def _verb(verbs, name: str, run: Callable[[argparse.Namespace], int | None], abo
     return parser
 
 
+def _add_config_arguments(parser: argparse.ArgumentParser, about: str = "YAML file") -> None:
+    parser.add_argument("config", help=about)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+
+
 def _add_toy(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from mmscale.data.toy import make_toy
@@ -125,8 +130,7 @@ def _add_train(verbs) -> None:
         "train; goes on by itself when run.dir holds a checkpoint",
         "deepspeed --num_accelerators 2 --module mmscale train configs/toy.yaml train.samples=8192",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+    _add_config_arguments(parser)
     parser.add_argument("--check", action="store_true", help="build everything, run one step, write nothing")
 
 
@@ -147,8 +151,7 @@ def _add_adapt(verbs) -> None:
         "tune a pretrained model for a task of your own, or make the most of several",
         "mmscale adapt configs/adapt/heads.yaml model.init_from=runs/toy",
     )
-    parser.add_argument("config", help="YAML file; configs/adapt holds one of each kind")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+    _add_config_arguments(parser, "YAML file; configs/adapt holds one of each kind")
 
 
 def _add_eval(verbs) -> None:
@@ -445,8 +448,7 @@ def _add_plan(verbs) -> None:
         "work out memory, step time, communication and cost before anything is rented",
         "mmscale plan configs/coca_l14.yaml --gpus 256 --gpu h200 --price 2.5 --sweep scaling.png",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings over those of the file")
+    _add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--gpu", default="h100", help="a100, h100, h200, ... (default: %(default)s)")
     parser.add_argument("--net", default="400Gb", help="bandwidth of each GPU between machines (default: %(default)s)")

@@ -5,14 +5,13 @@ import random
 
 import pytest
 import torch
+from adapting import adapt_config
 from checkpoints import write_checkpoint
 from ranks import run_ranks
 
-from mmscale.adapt.config import AdaptConfig
 from mmscale.adapt.heads import tune_heads
 from mmscale.adapt.matching import alternatives, swap_word
 from mmscale.checkpoint import Checkpoint, committed
-from mmscale.config import validate
 from mmscale.data.toy import make_toy
 from mmscale.errors import UserError
 from mmscale.pretrained import load_pretrained
@@ -36,18 +35,8 @@ def base(tmp_path_factory):
 
 
 def config(base, name, steps=2, heads=HEADS, **sections):
-    raw = {
-        "run": {"dir": str(base / name)},
-        "data": {"train": str(base / "data/train-*.tar"), "workers": 0, "crop_scale": [1, 1], "crop_ratio": [1, 1]},
-        "model": {"init_from": str(base / "base")},
-        "adapt": {"method": "heads", "heads": heads},
-        "optim": {"lr": 1e-3},
-        "train": {"samples": 16 * steps, "global_batch": 16, "zero_stage": 1},
-        "log": {"every": 1},
-    }
-    for section, values in sections.items():
-        raw[section] = raw.get(section, {}) | values
-    return validate(raw, AdaptConfig)
+    own = {"adapt": {"method": "heads", "heads": heads}, "optim": {"lr": 1e-3}}
+    return adapt_config(base, name, own, sections, steps=steps, batch=16)
 
 
 def lines(base, name, file="metrics.jsonl"):
@@ -173,7 +162,7 @@ def test_what_was_best_is_known_after_a_resume(base):
     assert len(scores) == 4
     assert load_pretrained(base / "goes_on").step == scores.index(max(scores)) + 1
     unknown = {"adapt": {"method": "heads", "heads": sections["heads"], "choose_by": "number_r3"}}
-    with pytest.raises(UserError, match="adapt.choose_by: there is no score `number_r3`; there are number_r2"):
+    with pytest.raises(UserError, match=r"adapt\.choose_by: there is no score `number_r3`; there are number_r2"):
         tune_heads(config(base, "goes_on", steps=5, **(sections | unknown)))
 
 
@@ -213,7 +202,7 @@ def test_gradients_are_those_of_the_loss(base):
     """Finite differences in double precision, along the gradient of one tensor of each part."""
     from mmscale.adapt.base import adapted_model, complete, load_base
     from mmscale.adapt.config import HeadTask
-    from mmscale.adapt.heads import _find_labels
+    from mmscale.adapt.heads import find_answers
     from mmscale.adapt.matching import Matching
     from mmscale.adapt.objective import AdaptationObjective
     from mmscale.adapt.predictions import Prediction
@@ -221,7 +210,7 @@ def test_gradients_are_those_of_the_loss(base):
     from mmscale.data.batches import LabelledBatch
 
     settings = config(base, "gradients", heads=HEADS | MATCH)
-    found = {name: _find_labels(name, task, settings) for name, task in settings.adapt.heads.items()}
+    found = find_answers(settings)
     pretrained = load_base(settings)
     settings = complete(settings, pretrained, heads={name: head for name, (head, _) in found.items()})
     model, tokenizer = adapted_model(settings, pretrained, pretrained.tokenizer).double(), pretrained.tokenizer

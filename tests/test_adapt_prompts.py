@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from adapting import adapt_config
 from checkpoints import write_checkpoint
 from ranks import run_ranks
 
-from mmscale.adapt.config import AdaptConfig
 from mmscale.adapt.objective import Encoded
 from mmscale.adapt.prompts.answers import search_answers
 from mmscale.adapt.prompts.calibration import calibration_table, contextual_bias, fit_temperature, prior_bias
@@ -21,7 +21,7 @@ from mmscale.adapt.prompts.soft import ImagePromptTask, nearest_mean_accuracy
 from mmscale.adapt.prompts.templates import grow_ensemble, rank, recombined, templates_of_captions
 from mmscale.adapt.prompts.triggers import TriggerSearch
 from mmscale.adapt.prompts.tune import tune_prompts
-from mmscale.config import EvalConfig, validate
+from mmscale.config import EvalConfig
 from mmscale.data.toy import make_toy
 from mmscale.errors import UserError
 from mmscale.evaluate.zeroshot import ZeroShot
@@ -45,25 +45,12 @@ def base(tmp_path_factory):
 
 
 def config(base, name, steps=2, prompts=COUNTS, **sections):
-    raw = {
-        "run": {"dir": str(base / name)},
-        "data": {
-            "train": str(base / "data/train-*.tar"),
-            "val": str(base / "data/val-00000.tar"),
-            "test": str(base / "data/val-00001.tar"),
-            "workers": 0,
-            "crop_scale": [1, 1],
-            "crop_ratio": [1, 1],
-        },
-        "model": {"init_from": str(base / "base")},
+    own = {
+        "data": {"val": str(base / "data/val-00000.tar"), "test": str(base / "data/val-00001.tar")},
         "adapt": {"method": "prompts", "prompts": prompts},
         "optim": {"lr": 1e-2, "weight_decay": 0.0},
-        "train": {"samples": 12 * steps, "global_batch": 12, "zero_stage": 1},
-        "log": {"every": 1},
     }
-    for section, values in sections.items():
-        raw[section] = raw.get(section, {}) | values
-    return validate(raw, AdaptConfig)
+    return adapt_config(base, name, own, sections, steps=steps, batch=12)
 
 
 def report(base, name):

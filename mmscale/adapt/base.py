@@ -5,7 +5,7 @@ import torch
 from mmscale.adapt.config import AdaptConfig
 from mmscale.adapt.lora import add_adapters
 from mmscale.adapt.vocabulary import change_vocabulary
-from mmscale.config import HeadConfig
+from mmscale.config import DecoderSizes, HeadConfig, TextSizes, VisionSizes
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
 from mmscale.model.configuration_mmscale import MMScaleConfig
@@ -15,12 +15,8 @@ from mmscale.pretrained import EXPORTED_TOKENIZER, Pretrained, load_pretrained
 from mmscale.train.optimizer import freeze
 
 SIZES = {
-    "vision": (
-        *("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "pooler_queries", "pooler_heads"),
-        *("class_token", "pre_norm", "patch_bias", "activation", "layer_norm_eps"),
-    ),
-    "text": ("context_length", "width", "layers", "heads", "mlp_ratio"),
-    "decoder": ("layers", "heads", "mlp_ratio"),
+    part: [key for key in section.model_fields if key != "init_from"]
+    for part, section in (("vision", VisionSizes), ("text", TextSizes), ("decoder", DecoderSizes))
 }
 
 

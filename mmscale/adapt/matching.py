@@ -44,9 +44,7 @@ class Matching:
             valid &= torch.tensor(batch.sources) == self._source
         texts = [self._tokenizer.decode(ids.tolist()) for ids in batch.input_ids]
         swapped_ids, swapped_lengths, swapped = self._swapped(texts, batch.positions.tolist())
-        own = [{text, *captions} for text, captions in zip(texts, batch.captions, strict=True)]
-        same = torch.tensor([[text in captions for text in texts] for captions in own])
-        others = ~(same | same.T) & valid[:, None] & valid
+        others = ~same_scenes(texts, batch.captions) & valid[:, None] & valid
         has_other = others.any(1)
         return {
             "valid": valid,
@@ -157,6 +155,18 @@ class Matching:
             [self._tokenizer.encode(text or "", self._context_length) for text in swapped], self._tokenizer.pad_id
         )
         return ids, lengths, torch.tensor([text is not None for text in swapped])
+
+
+def same_scenes(texts: Sequence[str], captions: Sequence[Sequence[str]]) -> Tensor:
+    """bool [batch, batch]: whether one row's text is the text, or a caption, of the other; each row is its own."""
+    rows_of: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        rows_of.setdefault(text, []).append(row)
+    same = torch.eye(len(texts), dtype=torch.bool)
+    for row, (text, own) in enumerate(zip(texts, captions, strict=True)):
+        for other in {other for caption in (text, *own) for other in rows_of.get(caption, ())}:
+            same[row, other] = same[other, row] = True
+    return same
 
 
 def alternatives(swaps: Sequence[Sequence[str]]) -> dict[str, list[str]]:

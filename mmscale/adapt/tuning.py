@@ -12,7 +12,7 @@ from mmscale.config import Paths
 from mmscale.data.loader import EvalSet, TrainStream
 from mmscale.data.tokenizer import Tokenizer
 from mmscale.errors import UserError
-from mmscale.evaluate.ranks import rank_and_world_size
+from mmscale.evaluate import splits
 from mmscale.evaluate.run import evaluating
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.train.engine import Processes
@@ -53,17 +53,8 @@ def open_split(
     config: AdaptConfig, model: MMScaleModel, tokenizer: Tokenizer, shards: Paths, limit: int | None = None
 ) -> EvalSet:
     """A split that is scored, this rank's part of it; its first `limit` samples, else as many as eval.samples says."""
-    rank, world_size = rank_and_world_size()
-    return EvalSet(
-        shards,
-        tokenizer,
-        data=config.data,
-        image_size=model.config.vision_config.image_size,
-        context_length=model.config.text_config.context_length,
-        batch_size=config.eval.batch,
-        rank=rank,
-        world_size=world_size,
-        limit=limit or config.eval.samples,
+    return splits.open_split(
+        shards, model, tokenizer, config.data, batch_size=config.eval.batch, limit=limit or config.eval.samples
     )
 
 
@@ -74,6 +65,8 @@ def score(model: MMScaleModel, tasks: Sequence[AdaptationTask], split: EvalSet) 
 
 
 def _base_model(config: AdaptConfig, tokenizer: Tokenizer) -> MMScaleModel:
+    # Read here although `complete` has looked at it before: kept since then, a second copy of the weights would lie in
+    # memory as long as the first is trained.
     return adapted_model(config, load_base(config), tokenizer)
 
 

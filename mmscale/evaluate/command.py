@@ -12,11 +12,11 @@ from rich.table import Table
 
 import mmscale
 from mmscale.config import EvalConfig, Paths, validate
-from mmscale.data.loader import EvalSet
 from mmscale.errors import UserError
 from mmscale.evaluate.evaluation_page import evaluation_page, show_score
 from mmscale.evaluate.ranks import launched_ranks, rank_and_world_size
 from mmscale.evaluate.run import TASKS, Evaluation, run_evaluation
+from mmscale.evaluate.splits import open_split
 from mmscale.pretrained import Pretrained, load_pretrained
 
 
@@ -54,7 +54,15 @@ def evaluate_command(
     with launched_ranks(device) as place:
         pretrained = load_pretrained(model, device=place, tokenizer=tokenizer, ema=ema)
         config = eval_config(pretrained, settings)
-        eval_set = open_split(pretrained, shards, config)
+        # As the model's run read its own: names of members, pixel limits.
+        eval_set = open_split(
+            shards,
+            pretrained.model,
+            pretrained.tokenizer,
+            pretrained.data,
+            batch_size=config.batch,
+            limit=config.samples,
+        )
         evaluation = run_evaluation(pretrained.model, pretrained.tokenizer, eval_set, tasks, config)
         if rank_and_world_size()[0] == 0:
             _print_table(evaluation, pretrained.path, shards)
@@ -69,22 +77,6 @@ def eval_config(pretrained: Pretrained, settings: dict[str, Any] | None = None) 
     """The `eval` section of the run that trained the model (the defaults, for an exported folder) under `settings`."""
     own = pretrained.run.eval if pretrained.run else EvalConfig()
     return validate(own.model_dump() | (settings or {}), EvalConfig, "eval")
-
-
-def open_split(pretrained: Pretrained, shards: Paths, config: EvalConfig) -> EvalSet:
-    """A split, read as the model's run read its own (names of members, pixel limits)."""
-    rank, world_size = rank_and_world_size()
-    return EvalSet(
-        shards,
-        pretrained.tokenizer,
-        data=pretrained.data,
-        image_size=pretrained.image_size,
-        context_length=pretrained.context_length,
-        batch_size=config.batch,
-        rank=rank,
-        world_size=world_size,
-        limit=config.samples,
-    )
 
 
 def _print_table(evaluation: Evaluation, model: Path, shards: Paths) -> None:

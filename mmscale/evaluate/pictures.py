@@ -15,10 +15,10 @@ from torch import Tensor
 from mmscale.config import Paths
 from mmscale.data import images
 from mmscale.data.captions import SampleError
-from mmscale.data.loader import EvalSet
 from mmscale.data.paths import expand
 from mmscale.data.shards import Shards
 from mmscale.errors import UserError
+from mmscale.evaluate.splits import WHOLE, open_split
 from mmscale.pretrained import Pretrained
 
 logger = logging.getLogger(__name__)
@@ -131,14 +131,7 @@ def _read_folder(folder: Path, size: int, max_pixels: int) -> Iterator[Picture]:
 
 
 def _read_shards(source: str, pretrained: Pretrained) -> Iterator[Picture]:
-    eval_set = EvalSet(
-        source,
-        pretrained.tokenizer,
-        data=pretrained.data,
-        image_size=pretrained.image_size,
-        context_length=pretrained.context_length,
-        batch_size=16,
-    )
+    eval_set = open_split(source, pretrained.model, pretrained.tokenizer, pretrained.data, batch_size=16, ranks=WHOLE)
     for batch in eval_set:
         for bad in batch.bad:
             logger.warning("left out: %s/%s: %s", bad.shard, bad.key, bad.reason)

@@ -4,6 +4,7 @@ import base64
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +84,11 @@ def _evaluation(
     if config.data.val is None:
         raise UserError("eval.every: needs data.val, the shards to evaluate on")
     from mmscale.evaluate.run import run_evaluation
+    from mmscale.evaluate.splits import WHOLE, open_split
 
-    def split(rank: int, world_size: int, limit: int | None) -> EvalSet:
-        return EvalSet(
-            config.data.val,
-            tokenizer,
-            data=config.data,
-            image_size=model.config.vision_config.image_size,
-            context_length=model.config.text_config.context_length,
-            batch_size=config.eval.batch,
-            rank=rank,
-            world_size=world_size,
-            limit=limit,
-        )
-
-    eval_set = split(processes.rank, processes.world_size, config.eval.samples)
-    pictures = _thumbnails(split(0, 1, NUM_EXAMPLES)) if processes.is_main else {}
+    split = partial(open_split, config.data.val, model, tokenizer, config.data, batch_size=config.eval.batch)
+    eval_set = split(limit=config.eval.samples)
+    pictures = _thumbnails(split(limit=NUM_EXAMPLES, ranks=WHOLE)) if processes.is_main else {}
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
 
     def evaluate() -> Evaluated:

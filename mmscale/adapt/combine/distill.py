@@ -33,6 +33,7 @@ from mmscale.errors import UserError
 from mmscale.evaluate.encoding import model_device
 from mmscale.evaluate.ranks import rank_and_world_size
 from mmscale.evaluate.run import run_evaluation
+from mmscale.evaluate.splits import WHOLE, open_split
 from mmscale.export.initial import take_initial_weights
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model
@@ -129,14 +130,14 @@ class Teacher:
     @torch.no_grad()
     def _embed_bank(self, teacher: Pretrained, config: AdaptConfig) -> tuple[Tensor, Tensor]:
         """[bank, embed_dim] of pictures and of texts, the same on every rank."""
-        split = EvalSet(
+        split = open_split(
             [path for group in train_shards(config.data)[0] for path in group],
+            teacher.model,
             teacher.tokenizer,
-            data=config.data,
-            image_size=teacher.image_size,
-            context_length=teacher.context_length,
+            config.data,
             batch_size=config.eval.batch,
             limit=config.adapt.distill.bank,
+            ranks=WHOLE,
         )
         images, texts, device = [], [], model_device(self.model)
         for batch in split:

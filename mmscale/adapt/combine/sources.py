@@ -17,6 +17,7 @@ from mmscale.checkpoint import FOLDER, Fragment, commit, committed, folder_name,
 from mmscale.config import Config, HeadConfig, Paths
 from mmscale.data.loader import EvalSet
 from mmscale.errors import UserError
+from mmscale.evaluate import splits
 from mmscale.evaluate.evaluation_page import show_score
 from mmscale.evaluate.run import run_evaluation
 from mmscale.pretrained import Pretrained, load_pretrained
@@ -39,14 +40,14 @@ def open_split(config: AdaptConfig, model: Pretrained, shards: Paths | None, key
     """A split as this model reads it. Raises UserError when it is not set."""
     if shards is None:
         raise UserError(f"{key}: is required: shards to score on, which nothing was trained on")
-    return EvalSet(
+    return splits.open_split(
         shards,
+        model.model,
         model.tokenizer,
-        data=config.data,
-        image_size=model.image_size,
-        context_length=model.context_length,
+        config.data,
         batch_size=config.eval.batch,
         limit=config.eval.samples,
+        ranks=splits.WHOLE,
     )
 
 

@@ -30,11 +30,10 @@ def tune_instructions(config: AdaptConfig) -> int:
     `run.dir` holds what a training run leaves, and then `report.json` with the scores and the commonest mistakes of
     each task. Returns the trainer's exit code. Raises UserError.
     """
-    base = load_base(config)
-    if base.model.decoder is None:
-        raise UserError(f"{base.path}: instructions are answered by the decoder, which this model lacks")
     check_splits(config.data)
-    config = complete(config, base)
+    config = complete(config, load_base(config))
+    if not config.model.decoder.layers:
+        raise UserError(f"{config.model.init_from}: instructions are answered by the decoder, which this model lacks")
 
     def make_tasks(model: MMScaleModel, tokenizer: Tokenizer) -> Sequence[AdaptationTask]:
         tasks = [ResponseTask, AlignmentTask] if config.adapt.instructions.align else [ResponseTask]

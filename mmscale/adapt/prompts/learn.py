@@ -29,9 +29,9 @@ def learn_classes(config: AdaptConfig, settings: PromptsConfig) -> tuple[int, di
         The trainer's exit code, and the report when it is 0: under `scores`, as they are and with each kind of
         calibration.
     """
-    base = load_base(config)
+    config = complete(config, load_base(config))
     classes = find_classes(config, settings.label, settings.classes, "adapt.prompts")
-    config = _with_parts(complete(config, base), _parts(settings, classes, base.tokenizer))
+    config = _with_parts(config, _parts(settings, classes, Tokenizer.load(config.tokenizer.path)))
 
     drawn: list[Shot] = []
 

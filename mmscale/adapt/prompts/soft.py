@@ -1,5 +1,6 @@
 """The tasks that train learned prompts, as `AdaptationObjective` takes them; the towers may stay as they are."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.objectives.captioning import caption_loss, predicted_tokens
 
 
-class _Classification:
+class _Classification(ABC):
     """Pictures of known classes; a subclass says how the model scores them.
 
     Args:
@@ -42,35 +43,42 @@ class _Classification:
         inputs = {"targets": targets.clamp(min=0), "known": known, "count": known.sum()}
         return inputs | ({"embeds": torch.stack([self.embeds[key] for key in batch.keys])} if self.embeds else {})
 
-    def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
-        image_embeds = inputs["embeds"] if self.embeds else encoded.image_embeds
-        terms = F.cross_entropy(self.logits(model, image_embeds), inputs["targets"], reduction="none")
-        return masked_sum(terms, inputs["known"])
-
     @torch.no_grad()
     def evaluate(self, model: MMScaleModel, split: EvalSet) -> dict[str, float]:
         pictures = encode_split(model, split, self.classes, self.needs_tokens, "adapt.prompts.label")
         found = describe(self.scores(model, pictures), pictures.targets)
         return {f"{self.name}_{score}": value for score, value in found.items()}
 
-    @torch.no_grad()
+    @abstractmethod
     def scores(self, model: MMScaleModel, pictures: Pictures) -> Tensor:
         """Log scores [pictures, classes], on the CPU. Collective."""
+
+
+class _ByEmbedding(_Classification):
+    """Scored by the image embedding alone: `logits` makes [batch, classes] of unit embeddings [batch, embed_dim]."""
+
+    def loss_sum(self, model: MMScaleModel, encoded: Encoded, inputs: dict[str, Tensor]) -> Tensor:
+        image_embeds = inputs["embeds"] if self.embeds else encoded.image_embeds
+        terms = F.cross_entropy(self.logits(model, image_embeds), inputs["targets"], reduction="none")
+        return masked_sum(terms, inputs["known"])
+
+    @torch.no_grad()
+    def scores(self, model: MMScaleModel, pictures: Pictures) -> Tensor:
         parts = pictures.image_embeds.to(model_device(model)).split(256)
         return torch.cat([self.logits(model, part).float() for part in parts]).cpu()
 
-    def logits(self, model: MMScaleModel, image_embeds: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def logits(self, model: MMScaleModel, image_embeds: Tensor) -> Tensor: ...
 
 
-class ContextTask(_Classification):
+class ContextTask(_ByEmbedding):
     """Context vectors before the class names (`model.class_prompts`)."""
 
     def logits(self, model: MMScaleModel, image_embeds: Tensor) -> Tensor:
         return model.class_logits(image_embeds)
 
 
-class ImagePromptTask(_Classification):
+class ImagePromptTask(_ByEmbedding):
     """Tokens beside the patches, against class names in fixed templates."""
 
     def __init__(self, classes: Classes, model: MMScaleModel, tokenizer: Tokenizer, templates: Sequence[str]):
