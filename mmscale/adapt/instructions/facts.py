@@ -3,7 +3,7 @@
 A fact is a task, the words that fill the slots of its phrasings, and the response. Where it comes from is a setting;
 each kind reads what its field holds and gives nothing where that is missing:
 
-    captions   the first caption: describe
+    captions   the first of `captions`, else of the caption's own field: describe
     classes    `class_name`: classify, and is_class (yes or no)
     questions  `question` and `answers`, or a list of such objects in `questions`, as the evaluation `vqa` reads them
     objects    `objects`, a list of things with a noun, attributes and a `box` [left, top, right, bottom] in pixels:
@@ -116,8 +116,10 @@ def _turn(groups: dict[str, list[Fact]], turn: int, rng: random.Random) -> list[
 
 
 def _describe(record, captions, settings, vocabulary, rng) -> Iterator[Fact]:
-    if captions:
-        yield Fact("describe", (), captions[0])
+    listed = record.get("captions")
+    stated = [*_texts(listed if isinstance(listed, list) else []), *captions]
+    if stated:
+        yield Fact("describe", (), stated[0])
 
 
 def _classes(record, captions, settings, vocabulary, rng) -> Iterator[Fact]:
