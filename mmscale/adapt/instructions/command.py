@@ -30,10 +30,10 @@ def tune_instructions(config: AdaptConfig) -> int:
     `run.dir` holds what a training run leaves, and then `report.json` with the scores and the commonest mistakes of
     each task. Returns the trainer's exit code. Raises UserError.
     """
-    check_splits(config.data)
     config = complete(config, load_base(config))
     if not config.model.decoder.layers:
         raise UserError(f"{config.model.init_from}: instructions are answered by the decoder, which this model lacks")
+    check_splits(config.data)
 
     def make_tasks(model: MMScaleModel, tokenizer: Tokenizer) -> Sequence[AdaptationTask]:
         tasks = [ResponseTask, AlignmentTask] if config.adapt.instructions.align else [ResponseTask]
