@@ -158,7 +158,8 @@ def make_job(folder: Path, case: Case, decode: str) -> dict:
         "tokenizer": {"path": str(path)},
         "model": case.model,
         "optim": {"lr": 1e-5},
-        "train": {"samples": 10**9, "global_batch": case.batch},
+        # Stage 0: with one process there is nothing to shard, and the other stages would only copy.
+        "train": {"samples": 10**9, "global_batch": case.batch, "zero_stage": 0},
         "log": {"every": LOG_EVERY},
     }
 
