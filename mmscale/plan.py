@@ -33,8 +33,8 @@ parameter; then communication, which DeepSpeed does not overlap unless told so:
     embeddings   4 E (global batch)  bytes gathered, and as many in the backward pass
 
 The host meanwhile issues the operations, `Gpu.operations` for each parameter tensor. A GPU works beside its host, so
-that the slower of the two counts; on a CPU they are one, and add up. The slower of this and of the loader, which has
-CORES_PER_GPU cores, is the step.
+that the slower of the two counts; on a CPU they are one, and add up, and so does mapping the pages of the large blocks
+that malloc gives back in between. The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
 """
 
 import difflib
@@ -60,6 +60,7 @@ from mmscale.model.presets import build_model_config
 # the copy of the new weights.
 GRADIENT_BYTES = 24
 OPTIMIZER_BYTES = 80 + 4 + 8 + 8
+LARGE_BLOCK = 32 * 2**20  # from this on, glibc's malloc always maps (mallopt(3), M_MMAP_THRESHOLD)
 MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
 CORES_PER_GPU = 12
@@ -94,6 +95,7 @@ class Step:
     optimizer: float
     network: float
     host: float
+    mapping: float
     loader: float
     overlaps: bool
     is_host: bool
@@ -102,7 +104,7 @@ class Step:
     def device(self) -> float:
         compute = self.products + self.element_wise
         device = (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
-        return device + self.host if self.is_host else max(device, self.host)
+        return device + self.host + self.mapping if self.is_host else max(device, self.host)
 
     @property
     def seconds(self) -> float:
@@ -291,10 +293,19 @@ def step_time(setup: Setup, micro_batch: int) -> Step:
         optimizer=(GRADIENT_BYTES * total * accumulation + OPTIMIZER_BYTES * updated) / gpu.hbm,
         network=_network_time(setup, total, 2 if half else 4, accumulation),
         host=gpu.operations * count_tensors(setup.model) * accumulation * gpu.operation_s,
+        mapping=_mapped_bytes(setup, micro_batch) * gpu.mapping_s,
         loader=share * LOADER_CPU_S[config.data.decode] / CORES_PER_GPU,
         overlaps=bool(config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False)),
         is_host=gpu.is_host,
     )
+
+
+def _mapped_bytes(setup: Setup, micro_batch: int) -> float:
+    """Bytes in large blocks, which malloc takes from the system in every step and gives back: bucket, flat tensors."""
+    need = memory(setup, micro_batch)
+    flat = need.gradients + need.step if setup.stage else need.buffers
+    is_large = 4 * sum(setup.parameters.values()) > LARGE_BLOCK
+    return flat * is_large + need.buffers * (setup.stage in (1, 2))
 
 
 def _network_time(setup: Setup, total: int, size: int, accumulation: float) -> float:
