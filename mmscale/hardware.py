@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from mmscale.errors import UserError
+from mmscale.model.linear import linear
 
 GIB = 2**30
 EFFICIENCY = 0.55  # of the peak, for large bf16 products as cuBLAS does them
@@ -27,6 +28,7 @@ class Gpu:
     runtime, slack: calibration of `memory` on a CPU: bytes beside the tensors, and what the allocator holds for a byte
         of memory that comes and goes.
     element_wise: bytes per second of element-wise work; the memory's bandwidth when None.
+    adamw_bytes: that PyTorch's AdamW moves for a parameter: `foreach` takes eight passes with 20 reads and writes.
     mapping_s: seconds that a byte costs when it is touched for the first time after malloc; GPUs keep their blocks.
     """
 
@@ -45,6 +47,7 @@ class Gpu:
     runtime: float = 0.0
     slack: float = 1.0
     element_wise: float | None = None
+    adamw_bytes: int = 80
     mapping_s: float = 0.0
 
 
@@ -92,11 +95,13 @@ def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
     torch.set_num_threads(1)
     try:
         rows, inner = 512, 4 * width
-        x, weight, gradient = torch.randn(rows, width), torch.randn(inner, width), torch.randn(rows, inner)
-        products = (lambda: x @ weight.T, lambda: gradient @ weight, lambda: gradient.T @ x)
-        flops = 3 * 2 * rows * width * inner / sum(_median(work, seconds) for work in products)
+        x, weight = (torch.randn(size, width, requires_grad=True) for size in (rows, inner))
+        gradient = torch.randn(rows, inner)
+        products = _median(lambda: torch.autograd.grad(linear(x, weight), (x, weight), gradient), seconds)
+        flops = 3 * 2 * rows * width * inner / products
         source, target = torch.ones(2**24), torch.ones(2**24)  # touched: untouched pages would all be one
         copied = 2 * 4 * 2**24 / _median(lambda: target.copy_(source), seconds)
+        x = x.detach()
         mixed = (lambda: x + x, lambda: F.gelu(x), lambda: F.layer_norm(x, (width,)))
         element_wise = 3 * 2 * 4 * rows * width / sum(_median(work, seconds) for work in mixed)
         one = torch.ones(1)
@@ -121,6 +126,7 @@ def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
         runtime=CPU_RUNTIME,
         slack=CPU_SLACK,
         element_wise=element_wise,
+        adamw_bytes=28,  # fused: four reads and three writes
         mapping_s=mapping_s,
     )
 
