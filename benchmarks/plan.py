@@ -39,6 +39,7 @@ class Case:
     stage: int
     steps: int
     calibrates: bool = False  # whether the memory of a CPU's malloc was modelled on it
+    calibrates_time: bool = False  # whether CPU_OPERATIONS was chosen by its step
 
     @property
     def name(self) -> str:
@@ -59,7 +60,7 @@ class Case:
 
 
 CASES = [
-    Case("tiny", 16, 2, 30, calibrates=True),
+    Case("tiny", 16, 2, 30, calibrates=True, calibrates_time=True),
     Case("tiny", 64, 0, 30, calibrates=True),
     Case("tiny", 64, 2, 30, calibrates=True),
     Case("tiny", 64, 3, 30),
@@ -199,7 +200,7 @@ def worker() -> None:
 def _machine(reading: dict) -> Gpu:
     """The CPU as it was measured around a reading, with today's calibration."""
     before, after = (Gpu(**machine) for machine in reading["machines"])
-    rates = ("flops", "hbm", "element_wise", "operation_s")
+    rates = ("flops", "hbm", "element_wise", "operation_s", "mapping_s")
     mean = {key: (getattr(before, key) + getattr(after, key)) / 2 for key in rates}
     return replace(before, **mean, runtime=CPU_RUNTIME, slack=CPU_SLACK, operations=CPU_OPERATIONS)
 
@@ -228,8 +229,9 @@ def table(result: dict, folder: str) -> str:
         "",
         "What the tensors take is arithmetic. That malloc keeps freed pages, what a process takes beside its tensors "
         f"({CPU_RUNTIME / 2**20:.0f} MiB), and what malloc holds for a byte of activations ({CPU_SLACK:g}), were "
-        "modelled on the memory of the runs marked c; the other runs only check them. Nothing here was measured on a "
-        "GPU.",
+        "modelled on the memory of the runs marked c; and the operations of a step for each parameter tensor "
+        f"({CPU_OPERATIONS}) on the step of the run marked t. The other runs only check them. Nothing here was "
+        "measured on a GPU.",
         "",
         "| model | ZeRO | batch | steps | memory, GiB | plan | off | step, CPU s (p10-p90) | wall | plan | off |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -246,7 +248,8 @@ def table(result: dict, folder: str) -> str:
         if "cpu_s" in reading:  # the first readings have their memory alone
             low, median, high = np.percentile(reading["cpu_s"][WARM_UP:], [10, 50, 90])
             wall = np.median(reading["wall_s"][WARM_UP:])
-            row += f"{median:.3f} ({low:.3f}-{high:.3f}) | {wall:.3f} | {step:.3f} | {step / median - 1:+.0%} |"
+            row += f"{median:.3f} ({low:.3f}-{high:.3f}){' t' * case.calibrates_time} | {wall:.3f} "
+            row += f"| {step:.3f} | {step / median - 1:+.0%} |"
         else:
             row += "not measured | | | |"
         lines.append(row)

@@ -25,16 +25,16 @@ On a CPU malloc keeps the pages of all but large blocks, and gradients do not fi
 stay while the buffers are there, and while stages 1 to 3 copy the gradients into a flat one and update with it.
 
 Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
-since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and OPTIMIZER_BYTES a
-parameter; then communication, which DeepSpeed does not overlap unless told so:
+since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and UPDATE_BYTES a
+parameter, and AdamW its own; then communication, which DeepSpeed does not overlap unless told so:
 
     stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
     stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
     embeddings   4 E (global batch)  bytes gathered, and as many in the backward pass
 
 The host meanwhile issues the operations, `Gpu.operations` for each parameter tensor. A GPU works beside its host, so
-that the slower of the two counts; on a CPU they are one, and add up. The slower of this and of the loader, which has
-CORES_PER_GPU cores, is the step.
+that the slower of the two counts; on a CPU they are one, and add up, and so does mapping the pages of the large blocks
+that malloc gives back in between. The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
 """
 
 import difflib
@@ -55,11 +55,11 @@ from mmscale.model.flops import decoder_flops, forward_flops, training_flops
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model_config
 
-# Bytes moved for a parameter. Gradient: into the bucket, divided by the ranks, out again, each read and written.
-# Update of a rank's share: AdamW in the eight passes of PyTorch's `foreach` (20 reads and writes), norm, clipping, and
-# the copy of the new weights.
+# Bytes moved for a parameter. Gradient: into the bucket, divided by the ranks, out again, each read and written. Update
+# of a rank's share, besides AdamW: norm, clipping, and the copy of the new weights.
 GRADIENT_BYTES = 24
-OPTIMIZER_BYTES = 80 + 4 + 8 + 8
+UPDATE_BYTES = 4 + 8 + 8
+LARGE_BLOCK = 32 * 2**20  # from this on, glibc's malloc always maps (mallopt(3), M_MMAP_THRESHOLD)
 MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
 CORES_PER_GPU = 12
@@ -94,6 +94,7 @@ class Step:
     optimizer: float
     network: float
     host: float
+    mapping: float
     loader: float
     overlaps: bool
     is_host: bool
@@ -102,7 +103,7 @@ class Step:
     def device(self) -> float:
         compute = self.products + self.element_wise
         device = (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
-        return device + self.host if self.is_host else max(device, self.host)
+        return device + self.host + self.mapping if self.is_host else max(device, self.host)
 
     @property
     def seconds(self) -> float:
@@ -288,13 +289,22 @@ def step_time(setup: Setup, micro_batch: int) -> Step:
     return Step(
         products=share * flops / (gpu.efficiency * peak),
         element_wise=share * MOVES * saved_bytes(setup, "none") / (gpu.element_wise or gpu.hbm),
-        optimizer=(GRADIENT_BYTES * total * accumulation + OPTIMIZER_BYTES * updated) / gpu.hbm,
+        optimizer=(GRADIENT_BYTES * total * accumulation + (UPDATE_BYTES + gpu.adamw_bytes) * updated) / gpu.hbm,
         network=_network_time(setup, total, 2 if half else 4, accumulation),
         host=gpu.operations * count_tensors(setup.model) * accumulation * gpu.operation_s,
+        mapping=_mapped_bytes(setup, micro_batch) * gpu.mapping_s,
         loader=share * LOADER_CPU_S[config.data.decode] / CORES_PER_GPU,
         overlaps=bool(config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False)),
         is_host=gpu.is_host,
     )
+
+
+def _mapped_bytes(setup: Setup, micro_batch: int) -> float:
+    """Bytes in large blocks, which malloc takes from the system in every step and gives back: bucket, flat tensors."""
+    need = memory(setup, micro_batch)
+    flat = need.gradients + need.step if setup.stage else need.buffers
+    is_large = 4 * sum(setup.parameters.values()) > LARGE_BLOCK
+    return flat * is_large + need.buffers * (setup.stage in (1, 2))
 
 
 def _network_time(setup: Setup, total: int, size: int, accumulation: float) -> float:

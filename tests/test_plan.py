@@ -110,6 +110,8 @@ def test_a_cpu_keeps_freed_pages_and_does_one_thing_after_the_other():
     assert few.buffers == few.gradients  # the rest of the bucket is never touched
     assert few.total == states + 2 * (few.activations + few.logits) + 2 * few.gradients + few.step
     assert many.total == states + 2 * (many.activations + many.logits) + 2 * many.gradients + many.step
+    slow = replace(setup, gpu=replace(cpu, mapping_s=1e-9))
+    assert step_time(slow, 256).mapping == pytest.approx(1e-9 * (2 * many.gradients + many.step))
     step = step_time(setup, 256)
     assert step.seconds == pytest.approx(step.products + step.element_wise + step.optimizer + step.host)
 
