@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from mmscale.model import linear as module
 from mmscale.model.feed_forward import ActivatedLinear
 from mmscale.model.head import VocabularyHead
+from mmscale.model.layers import PictureKeyValue
 from mmscale.model.linear import Linear, linear, multiplier, packed_weights
 from tests.test_objectives_invariance import MASKED, assert_same, gradients, new_objective
 
@@ -98,7 +99,7 @@ def test_decoding_multiplies_by_packed_weights_and_writes_the_same(onednn, monke
     assert torch.equal(found[True].sequences, found[False].sequences)
     for ours, plain in zip(found[True].logits, found[False].logits, strict=True):
         assert (ours - plain).abs().max() <= 1e-5 * plain.abs().max()
-    assert all(layer.packed is None for layer in layers)
+    assert all(getattr(layer, "packed", None) is None for layer in model.modules())
 
 
 @has_onednn
@@ -109,6 +110,11 @@ def test_packed_weights_are_given_up_after_a_failure_and_never_trained_with(oned
         assert layer.weight.grad is not None and not any(args[1].is_mkldnn for args in onednn)
         raise KeyError
     assert layer.packed is None
+    picture = PictureKeyValue(8, 6, 2)
+    picture.reset_parameters()
+    with packed_weights(picture):
+        sum(part.sum() for part in picture(torch.randn(1, 4, 6))).backward()
+    assert picture.norm_weight.grad is not None and picture.packed is None
 
 
 def test_no_rows_at_all_are_multiplied_too(onednn):

@@ -163,6 +163,8 @@ class PictureKeyValue(nn.Module):
     decoder; what is a layer's own, the norm's gain and shift, is folded into the projection.
     """
 
+    packed: tuple[Tensor, Tensor] | None = None  # the projection with the norm in it, while `packed_weights` is open
+
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -181,12 +183,22 @@ class PictureKeyValue(nn.Module):
         Returns:
             Keys and values, each [pictures, heads, picture tokens, head width]; or [pictures, queries, width].
         """
-        weight = self.weight * self.norm_weight
-        bias = self.bias + self.weight @ self.norm_bias
+        weight, bias = self._folded() if self.packed is None or torch.is_grad_enabled() else self.packed
         if query is not None:
             return self._attend(context, query, weight, bias)
         key, value = linear(context, weight, bias).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def pack(self):
+        if self.weight.numel():  # sharded training (ZeRO-3) holds it during `forward` only
+            with torch.no_grad():
+                self.packed = self._folded()
+
+    def unpack(self):
+        self.packed = None
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        return self.weight * self.norm_weight, self.bias + self.weight @ self.norm_bias
 
     def _attend(self, context: Tensor, query: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(q W_k) x instead of q (W_k x), and W_v (p x) instead of p (W_v x): a few queries are projected to the

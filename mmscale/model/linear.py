@@ -29,23 +29,30 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.packed)
 
+    def pack(self):
+        if _suits_onednn(self.weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_ROWS)
+
+    def unpack(self):
+        self.packed = None
+
 
 @contextmanager
 def packed_weights(*models: nn.Module) -> Iterator[None]:
     """For many products of few rows with the same weights, such as the steps of decoding.
 
     oneDNN brings a weight into a layout of its own in every product, which costs more than the product where the rows
-    are few. While this is open, a second copy of every weight is kept in that layout; they must not change meanwhile.
+    are few. While this is open, layers with a method `pack` keep a second copy of their weights in the form that they
+    compute with; the weights must not change meanwhile.
     """
-    layers = [layer for model in models for layer in model.modules() if isinstance(layer, Linear)]
+    layers = [layer for model in models for layer in model.modules() if hasattr(layer, "pack")]
     try:
         for layer in layers:
-            if _suits_onednn(layer.weight):
-                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PACKED_FOR_ROWS)
+            layer.pack()
         yield
     finally:
         for layer in layers:
-            layer.packed = None
+            layer.unpack()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
