@@ -117,6 +117,17 @@ def test_packed_weights_are_given_up_after_a_failure_and_never_trained_with(oned
     assert picture.norm_weight.grad is not None and picture.packed is None
 
 
+@has_onednn
+def test_what_stays_packed_over_many_captions_is_packed_once(onednn):
+    model, pictures = new_objective({}).model.eval(), torch.randn(2, 3, 16, 16)
+    layers = [layer for part in (model.text, model.decoder) for layer in part.modules() if hasattr(layer, "packed")]
+    with model.packed_for_generation():
+        before = [layer.packed for layer in layers]
+        model.generate(pixel_values=pictures, do_sample=False, max_new_tokens=2)
+        assert all(layer.packed is packed is not None for layer, packed in zip(layers, before, strict=True))
+    assert all(layer.packed is None for layer in layers)
+
+
 def test_no_rows_at_all_are_multiplied_too(onednn):
     """The texts of a micro-batch in which every sample is bad."""
     x = torch.randn(0, 6, requires_grad=True)

@@ -80,6 +80,7 @@ def caption_pictures(
 ) -> Iterator[tuple[Picture, str]]:
     """Each picture with its caption; `options` are those of `generate_captions`."""
     device = model_device(pretrained.model)
-    for group, pixel_values in batched(pictures, batch):
-        captions = generate_captions(pretrained.model, pretrained.tokenizer, pixel_values.to(device), **options)
-        yield from zip(group, captions, strict=True)
+    with pretrained.model.packed_for_generation():
+        for group, pixel_values in batched(pictures, batch):
+            captions = generate_captions(pretrained.model, pretrained.tokenizer, pixel_values.to(device), **options)
+            yield from zip(group, captions, strict=True)

@@ -45,7 +45,7 @@ class Captioning:
 
     def add(self, batch: EvalBatch, pixel_values: Tensor, image_embeds: Tensor, image_tokens: Tensor) -> None:
         """Captions one batch; `pixel_values` is `[batch, 3, height, width]` on the model's device."""
-        generated = generate_captions(self.model, self.tokenizer, pixel_values)
+        generated = generate_captions(self.model, self.tokenizer, pixel_values, image_tokens=image_tokens)
         for row in batch.valid.nonzero().flatten().tolist():
             position, key = int(batch.positions[row]), batch.keys[row]
             self.captions.append(Caption(position, key, generated[row], batch.captions[row]))
@@ -78,7 +78,7 @@ def generate_captions(
         pixel_values: `[batch, 3, height, width]`, uint8 or normalised floats, on the model's device.
         max_length: longest caption in tokens, marks included; the model's context length unless given.
         prompts: a text for each picture to go on from; it is not part of what is returned.
-        options: of `GenerationMixin.generate`, such as `num_beams=4` or `do_sample=True, top_p=0.9`.
+        options: of `MMScaleModel.generate`, such as `num_beams=4`, `do_sample=True, top_p=0.9`, or `image_tokens`.
     """
     context_length = model.config.text_config.context_length
     prompt = _left_padded(prompts, tokenizer, context_length, pixel_values.device) if prompts is not None else {}

@@ -5,7 +5,7 @@ all ranks make the same forwards (a short rank's missing batches are dummies), w
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,9 @@ def run_evaluation(
     running = {name: TASKS[name](model, tokenizer, config) for name in names}
     device = model_device(model)
     num_samples = torch.zeros((), dtype=torch.long, device=device)
-    with evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
+    writes = any(name in NEED_DECODER for name in names)
+    precision = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with evaluating(model), precision, model.packed_for_generation() if writes else nullcontext():
         for batch in eval_set:
             num_samples += int(batch.valid.sum())
             pixel_values = batch.pixel_values.to(device, non_blocking=True)

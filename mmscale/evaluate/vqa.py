@@ -60,7 +60,7 @@ class QuestionAnswering:
         ]
         chosen = [(row, question) for row, question in asked if question.candidates]
         written = [(row, question) for row, question in asked if not question.candidates]
-        self._write(written, pixel_values)
+        self._write(written, pixel_values, image_tokens)
         self._choose(chosen, image_tokens)
         self.questions += [question for _, question in asked]
 
@@ -75,13 +75,15 @@ class QuestionAnswering:
     def _prompt(self, question: Question) -> str:
         return self.config.vqa_prompt.replace("{}", question.question)
 
-    def _write(self, asked: list[tuple[int, Question]], pixel_values: Tensor) -> None:
+    def _write(self, asked: list[tuple[int, Question]], pixel_values: Tensor, image_tokens: Tensor) -> None:
         size, device = self.config.batch, pixel_values.device
         for number in range(max_over_ranks(-(-len(asked) // size), device)):
             part = asked[number * size : (number + 1) * size]
             rows = [row for row, _ in part] or [0]
             prompts = [self._prompt(question) for _, question in part] or [""]
-            answers = generate_captions(self.model, self.tokenizer, pixel_values[rows], prompts=prompts)
+            answers = generate_captions(
+                self.model, self.tokenizer, pixel_values[rows], prompts=prompts, image_tokens=image_tokens[rows]
+            )
             for (_, question), answer in zip(part, answers, strict=False):
                 question.answer = answer
 

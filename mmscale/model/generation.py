@@ -4,6 +4,7 @@ One cache spans the text tower and the decoder. Pictures are encoded once, their
 never, where that is cheaper), and kept outside the tensors that beam search repeats: the beams of a picture share them.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +75,12 @@ class CaptionGenerationMixin:
             kwargs.setdefault("past_key_values", DynamicCache())
         longest = kwargs.get("max_length") or (kwargs.get("max_new_tokens") or config.max_new_tokens)
         pictures = self._prepare_pictures(image_tokens, longest * (kwargs.get("num_beams") or config.num_beams or 1))
-        with packed_weights(self.text, self.decoder):
+        with self.packed_for_generation():
             return super().generate(input_ids, pictures=pictures, **kwargs)
+
+    def packed_for_generation(self) -> AbstractContextManager[None]:
+        """While this is open, calls of `generate` share what each would make of the weights: see `packed_weights`."""
+        return packed_weights(self.text, self.decoder)
 
     @torch.no_grad()
     def _prepare_pictures(self, image_tokens: Tensor, queries: int) -> Pictures:

@@ -43,9 +43,9 @@ def packed_weights(*models: nn.Module) -> Iterator[None]:
 
     oneDNN brings a weight into a layout of its own in every product, which costs more than the product where the rows
     are few. While this is open, layers with a method `pack` keep a second copy of their weights in the form that they
-    compute with; the weights must not change meanwhile.
+    compute with; the weights must not change meanwhile. Within another of its kind it leaves to that what that packed.
     """
-    layers = [layer for model in models for layer in model.modules() if hasattr(layer, "pack")]
+    layers = [layer for model in models for layer in model.modules() if getattr(layer, "packed", layer) is None]
     try:
         for layer in layers:
             layer.pack()
