@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from mmscale.config import Config, TrainConfig
 from mmscale.errors import UserError
 from mmscale.train.averaging import WeightAverage
-from mmscale.train.gradients import part_norms, watch_gradients
+from mmscale.train.direct import exchange_directly
+from mmscale.train.gradients import norm_of, part_norms, watch_gradients
+from mmscale.train.host_memory import keep_freed_memory
 from mmscale.train.optimizer import build_optimizer
 from mmscale.train.state import TrainState, bare_name
 
@@ -101,6 +103,8 @@ def start_processes(*, deterministic: bool = False) -> Processes:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -298,6 +302,9 @@ class Engine:
             torch.compiler.set_stance("force_eager")  # its kernels are compiled, which on a CPU takes a C++ compiler
         optimizer = build_optimizer(objective, config.optim)
         self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        exchange_directly(self.deepspeed.optimizer)
+        if config.train.zero_stage == 0 and processes.world_size == 1:
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients to and fro
         self.objective = objective
         self.state = TrainState(self.deepspeed)
         self.average = WeightAverage(self.state, config.train.ema_decay) if config.train.ema_decay else None
@@ -348,15 +355,19 @@ class Engine:
         return update
 
     def _step_stage_0(self, update: Update) -> None:
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients]))
+        for parameter in self._part_of:
+            if parameter.grad is None:  # with several ranks DeepSpeed does this
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._part_of]
+        norm = norm_of(gradients)
         update.applied = bool(torch.isfinite(norm)) and self._may_update(norm)
         if not update.applied:
             self.deepspeed.zero_grad()
             return
         update.grad_norm = norm
-        if limit := clip_norm(self.config):
-            torch._foreach_div_(gradients, float(((norm + 1e-6) / limit).clamp(min=1.0)))
+        limit = clip_norm(self.config)
+        if limit and (excess := float((norm + 1e-6) / limit)) > 1.0:
+            torch._foreach_div_(gradients, excess)
         self.deepspeed.step()
 
     def _may_update(self, norm: Tensor) -> bool:

@@ -63,6 +63,19 @@ def part_norms(zero: Any, part_of: dict[nn.Parameter, str]) -> dict[str, Tensor]
     return dict(zip(parts, squares.sqrt(), strict=True)) if squares.any() else {}
 
 
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """The norm [] of all of them together, in fp64.
+
+    Without fp64 copies: a CPU sums one element after the other in fp32, which is accurate enough for short pieces.
+    """
+    pieces = [
+        piece
+        for gradient in gradients
+        for piece in (gradient.flatten().split(2**16) if gradient.device.type == "cpu" else (gradient,))
+    ]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)).double())
+
+
 def _averaged_gradients(zero: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """This rank's share of the gradients: pieces in stages 1 to 3, all of them in stage 0."""
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
