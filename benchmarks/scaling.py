@@ -103,17 +103,34 @@ class Setups:
 class Scaling:
     """The parts of this benchmark, on toy shards in `folder`."""
 
-    def __init__(self, report: Report, folder: Path, worlds: list[int], batch: int, rounds: int, seconds: float):
-        self.report, self.folder, self.worlds, self.batch = report, folder, worlds, batch
+    def __init__(
+        self,
+        report: Report,
+        folder: Path,
+        worlds: list[int],
+        micro_batch: int,
+        accumulation: int,
+        rounds: int,
+        seconds: float,
+    ):
+        self.report, self.folder, self.worlds = report, folder, worlds
+        self.micro_batch, self.batch = micro_batch, micro_batch * accumulation
+        self.turns = {model: max(2, turn // accumulation) for model, turn in TURNS.items()}
+        self.facts = {"batch_per_process": self.batch}
+        if accumulation > 1:
+            self.facts["accumulation"] = accumulation
         self.rounds, self.seconds = rounds, seconds
 
     def job(self, world: int, **settings) -> dict:
-        return toy_job(self.folder, self.batch * world, **{"zero_stage": 1, **settings})
+        """For as many processes: the same batch for each of them."""
+        return toy_job(
+            self.folder, self.batch * world, **{"zero_stage": 1, "micro_batch": self.micro_batch, **settings}
+        )
 
     def weak(self, model: str, peers: bool) -> None:
         """The same batch per process, ZeRO-1 and synthetic data, with the machine's ceiling and plain loops."""
         most = self.worlds[-1]
-        with Setups(TURNS[model]) as setups:
+        with Setups(self.turns[model]) as setups:
             for world in self.worlds:
                 setups.add(str(world), self.job(world, model=model), world, synthetic=True)
             if torch.cuda.device_count() == 0:
@@ -121,7 +138,7 @@ class Scaling:
             for peer in ("ddp", "deepspeed") if peers else ():
                 setups.add(peer, self.job(most, model=model), most, synthetic=True, loop=peer)
             times = setups.measure(self.rounds, self.seconds)
-        facts = {"model": model, "batch_per_process": self.batch}
+        facts = {"model": model, **self.facts}
         for world in self.worlds:
             rate = [self.batch * world / each for each in times[str(world)]]
             self.report.add("weak, throughput", "samples/s", rate, "higher", processes=world, **facts)
@@ -139,9 +156,9 @@ class Scaling:
     def strong(self, model: str) -> None:
         """The same global batch: that of as many processes as there are, in the weak part."""
         most = self.worlds[-1]
-        with Setups(TURNS[model]) as setups:
+        with Setups(self.turns[model]) as setups:
             for world in self.worlds:
-                setups.add(str(world), self.job(most, model=model), world, synthetic=True)
+                setups.add(str(world), self.job(most, model=model, micro_batch=None), world, synthetic=True)
             times = setups.measure(self.rounds, self.seconds)
         facts = {"model": model, "batch": self.batch * most}
         for world in self.worlds:
@@ -157,12 +174,12 @@ class Scaling:
         What it can have for nothing is the time in which a process waits for another one's message.
         """
         most = self.worlds[-1]
-        with Setups(TURNS[model]) as setups:
+        with Setups(self.turns[model]) as setups:
             setups.add("synthetic", self.job(most, model=model), most, synthetic=True)
             for number in workers:
                 setups.add(f"{number}", self.job(most, model=model, workers=number), most)
             times = setups.measure(self.rounds, self.seconds)
-        facts = {"model": model, "processes": most, "batch_per_process": self.batch}
+        facts = {"model": model, "processes": most, **self.facts}
         for number in workers:
             share = ratios(times[str(number)], times["synthetic"])
             self.report.add("step, loader-fed / synthetic", "ratio", share, workers=number, **facts)
@@ -176,7 +193,7 @@ class Scaling:
         image = config.model.vision.image_size or (64 if model == "tiny" else 224)
         stream = TrainStream(
             config.data, Tokenizer.load(config.tokenizer.path), image_size=image, context_length=32, seed=0,
-            global_batch=self.batch, micro_batch=self.batch, rank=0, world_size=1,
+            global_batch=self.batch, micro_batch=self.micro_batch, rank=0, world_size=1,
         )  # fmt: skip
         batches, readings = stream.batches(0), []
         for _ in range(self.rounds + 2):
@@ -188,7 +205,7 @@ class Scaling:
 
     def stages(self, model: str) -> None:
         most = self.worlds[-1]
-        with Setups(TURNS[model]) as setups:
+        with Setups(self.turns[model]) as setups:
             for stage in range(4):
                 setups.add(str(stage), self.job(most, model=model, zero_stage=stage), most, synthetic=True)
             times = setups.measure(self.rounds, self.seconds)
@@ -206,19 +223,22 @@ def main() -> None:
     )
     options.add_argument("--models", help=f"comma-separated, of: {', '.join(MODELS)} (default: all; quick: tiny)")
     options.add_argument("--parts", help=f"comma-separated, of: {', '.join(PARTS)} (default: all; quick: weak, loader)")
-    options.add_argument("--batch", type=int, default=32, help="samples of each process")
+    options.add_argument("--batch", type=int, default=32, help="samples of a micro-batch")
+    options.add_argument("--accumulation", type=int, default=1, help="micro-batches of each process in a step")
     options.add_argument("--rounds", type=int, help="turns of each set-up (default: 50, quick: 6)")
     options.add_argument("--seconds", type=float, default=120, help="of each part: fewer rounds when they take longer")
     args = options.parse_args()
     most = torch.cuda.device_count() or 2
     worlds = [int(n) for n in args.processes.split(",")] if args.processes else sorted({1, most})
     assert worlds[0] == 1, "efficiency is against one process"
-    models = (args.models or ("tiny" if args.quick else ",".join(MODELS))).split(",")
     parts = (args.parts or ("weak,loader" if args.quick else ",".join(PARTS))).split(",")
+    if args.accumulation > 1 and not {"peers", "strong"}.isdisjoint(parts):
+        options.error("--accumulation: the peers take one micro-batch a step, and strong scaling splits one")
+    models = (args.models or ("tiny" if args.quick else ",".join(MODELS))).split(",")
     report = Report("scaling")
     with tempfile.TemporaryDirectory() as scratch:
         rounds = args.rounds or (6 if args.quick else 50)
-        scaling = Scaling(report, Path(scratch), worlds, args.batch, rounds, args.seconds)
+        scaling = Scaling(report, Path(scratch), worlds, args.batch, args.accumulation, rounds, args.seconds)
         for model in models:
             if "weak" in parts:
                 scaling.weak(model, peers="peers" in parts)
