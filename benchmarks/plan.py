@@ -200,7 +200,7 @@ def worker() -> None:
 def _machine(reading: dict) -> Gpu:
     """The CPU as it was measured around a reading, with today's calibration."""
     before, after = (Gpu(**machine) for machine in reading["machines"])
-    rates = ("flops", "hbm", "element_wise", "operation_s", "mapping_s")
+    rates = ("flops", "hbm", "element_wise", "operation_s", "weight_s")
     mean = {key: (getattr(before, key) + getattr(after, key)) / 2 for key in rates}
     return replace(before, **mean, runtime=CPU_RUNTIME, slack=CPU_SLACK, operations=CPU_OPERATIONS)
 
@@ -223,7 +223,7 @@ def table(result: dict, folder: str) -> str:
         "",
         f"One rank with one thread, fp32, toy captions, {first['cpu']}, torch {first['packages']['torch']}. Memory is "
         "the peak of the process above that of a process which only imports the same modules. A step is forward, "
-        "backward and update, without the loader: CPU seconds (the machine was shared), median with 10th and 90th "
+        "backward and update, without the loader: CPU seconds, median with 10th and 90th "
         "percentile, and the wall's median. The plan's is arithmetic on the speed of one core, measured in CPU seconds "
         "before and after each run (`hardware.measured_cpu`).",
         "",

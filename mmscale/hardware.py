@@ -29,7 +29,9 @@ class Gpu:
         of memory that comes and goes.
     element_wise: bytes per second of element-wise work; the memory's bandwidth when None.
     adamw_bytes: that PyTorch's AdamW moves for a parameter: `foreach` takes eight passes with 20 reads and writes.
-    mapping_s: seconds that a byte costs when it is touched for the first time after malloc; GPUs keep their blocks.
+    weight_s: seconds that a byte of a weight costs the products of a micro-batch besides their operations, which counts
+        where few tokens meet a weight; three times over the memory's bus when None: it is read forward and backward,
+        and its gradient is written.
     """
 
     flops: float
@@ -48,7 +50,7 @@ class Gpu:
     slack: float = 1.0
     element_wise: float | None = None
     adamw_bytes: int = 80
-    mapping_s: float = 0.0
+    weight_s: float | None = None
 
 
 # From the makers' data sheets.
@@ -101,12 +103,12 @@ def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
         flops = 3 * 2 * rows * width * inner / products
         source, target = torch.ones(2**24), torch.ones(2**24)  # touched: untouched pages would all be one
         copied = 2 * 4 * 2**24 / _median(lambda: target.copy_(source), seconds)
+        weight_s = _weight_s(width, inner, seconds, flops)
         x = x.detach()
         mixed = (lambda: x + x, lambda: F.gelu(x), lambda: F.layer_norm(x, (width,)))
         element_wise = 3 * 2 * 4 * rows * width / sum(_median(work, seconds) for work in mixed)
         one = torch.ones(1)
         operation_s = _median(lambda: one + one, seconds)
-        mapping_s = statistics.median(_mapping_s() for _ in range(3))
     finally:
         torch.set_num_threads(before)
     # Twice, because fp32 is taken for half of a GPU's bf16 peak. What is measured here needs no efficiency.
@@ -127,18 +129,22 @@ def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
         slack=CPU_SLACK,
         element_wise=element_wise,
         adamw_bytes=28,  # fused: four reads and three writes
-        mapping_s=mapping_s,
+        weight_s=weight_s,
     )
 
 
-def _mapping_s(size: int = 2**26) -> float:
-    time.sleep(2.5)  # a step later, when the pages have gone back to the system
-    times = [time.process_time()]
-    fresh = torch.empty(size, dtype=torch.uint8)
-    for value in (1, 2):
-        fresh.fill_(value)
-        times.append(time.process_time())
-    return max(0.0, (times[1] - times[0]) - (times[2] - times[1])) / size
+def _weight_s(width: int, inner: int, seconds: float, flops: float) -> float:
+    """By products of few rows with weights that no cache holds all of. The library also copies each into a layout of
+    its own first."""
+    rows, weights = 16, [torch.randn(inner, width, requires_grad=True) for _ in range(-(-(2**26) // (inner * width)))]
+    x, gradient = torch.randn(rows, width, requires_grad=True), torch.randn(rows, inner)
+
+    def work() -> None:
+        for weight in weights:
+            torch.autograd.grad(linear(x, weight), (x, weight), gradient)
+
+    operations = 3 * 2 * rows * width * inner * len(weights)
+    return max(0.0, _median(work, seconds) - operations / flops) / (4 * width * inner * len(weights))
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:

@@ -9,7 +9,8 @@ Memory per GPU [bytes], for P parameters on N ranks (https://arxiv.org/abs/1910.
     optimizer    8 P     Adam's two moments, and 4 P of DeepSpeed's own fp32 copy,         stages 1, 2, 3: / N
                          which only stage 0 with fp32 parameters does without
     buffers      what DeepSpeed collects gradients in: all of `reduce_bucket_size` (default 5e8 elements) is allocated
-                 in stages 1 to 3, twice with `overlap_comm`; stage 0, and a CPU, hold no more than the gradients;
+                 in stages 1 to 3, twice with `overlap_comm`; stage 0, and a CPU, hold no more than the gradients, and
+                 stage 0 on one rank none;
                  and the weights that stage 3 has gathered, `stage3_max_live_parameters` (default 1e9)
     step         PyTorch's AdamW keeps square roots of the second moments while it updates: 4 P   stages 1-3: / N
     activations  what the backward pass needs of a sample, times the micro-batch: see `saved_bytes`
@@ -21,20 +22,21 @@ They are not there all at once. Weights and optimizer are; of the rest, the larg
     backward ends     gradients, buffers
     update            gradients, step; the buffers in stage 3, which never gives them back
 
-On a CPU malloc keeps the pages of all but large blocks, and gradients do not fill the gaps that activations leave: both
-stay while the buffers are there, and while stages 1 to 3 copy the gradients into a flat one and update with it.
+On a CPU malloc keeps what is freed (`train/host_memory.py`), and what comes next does not fill the gaps: all of these
+add up, with the flat copy of the gradients that stages 1 to 3 update with.
 
-Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak; element-wise work at the memory's bandwidth,
-since it moves each saved activation about MOVES times; gradients and update move GRADIENT_BYTES and UPDATE_BYTES a
-parameter, and AdamW its own; then communication, which DeepSpeed does not overlap unless told so:
+Time per step [s]: matrix products at `hardware.EFFICIENCY` of the peak, and the way of each weight to them
+(`Gpu.weight_s`); element-wise work at the memory's bandwidth, since it moves each saved activation about MOVES times;
+gradients and update move GRADIENT_BYTES, UPDATE_BYTES and SHARDED_BYTES a parameter, and AdamW its own; then
+communication, which DeepSpeed does not overlap unless told so:
 
     stages 0-2   2 g P (N - 1) / N  a step            ring all-reduce, or reduce-scatter and all-gather
     stage 3      2 w P (N - 1) / N  a micro-batch for the weights, and g P (N - 1) / N for the gradients
     embeddings   4 E (global batch)  bytes gathered, and as many in the backward pass
 
 The host meanwhile issues the operations, `Gpu.operations` for each parameter tensor. A GPU works beside its host, so
-that the slower of the two counts; on a CPU they are one, and add up, and so does mapping the pages of the large blocks
-that malloc gives back in between. The slower of this and of the loader, which has CORES_PER_GPU cores, is the step.
+that the slower of the two counts; on a CPU they are one, and add up. The slower of this and of the loader, which has
+CORES_PER_GPU cores, is the step.
 """
 
 import difflib
@@ -55,11 +57,12 @@ from mmscale.model.flops import decoder_flops, forward_flops, training_flops
 from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.model.presets import build_model_config
 
-# Bytes moved for a parameter. Gradient: into the bucket, divided by the ranks, out again, each read and written. Update
-# of a rank's share, besides AdamW: norm, clipping, and the copy of the new weights.
+# Bytes moved for a parameter. Gradient, where it is collected: into the bucket, divided by the ranks, out again, each
+# read and written. Update of a rank's share, besides AdamW: norm and clipping. Stages 1 to 3 moreover copy gradients
+# into a flat tensor, new weights out of one, and for the norm each gradient to fp64.
 GRADIENT_BYTES = 24
-UPDATE_BYTES = 4 + 8 + 8
-LARGE_BLOCK = 32 * 2**20  # from this on, glibc's malloc always maps (mallopt(3), M_MMAP_THRESHOLD)
+UPDATE_BYTES = 4 + 8
+SHARDED_BYTES = 8 + 8 + 16
 MOVES = 6.0  # a saved activation is written, read, and its gradient too, with some in between
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
 CORES_PER_GPU = 12
@@ -94,7 +97,6 @@ class Step:
     optimizer: float
     network: float
     host: float
-    mapping: float
     loader: float
     overlaps: bool
     is_host: bool
@@ -103,7 +105,7 @@ class Step:
     def device(self) -> float:
         compute = self.products + self.element_wise
         device = (max(compute, self.network) if self.overlaps else compute + self.network) + self.optimizer
-        return device + self.host + self.mapping if self.is_host else max(device, self.host)
+        return device + self.host if self.is_host else max(device, self.host)
 
     @property
     def seconds(self) -> float:
@@ -233,9 +235,8 @@ def memory(setup: Setup, micro_batch: int, stage: int | None = None, checkpointi
     accumulates = train.global_batch // ranks > micro_batch
     in_backward = gpu.slack * (activations + logits)
     if gpu.is_host:
-        heap = in_backward + gradients
         flat = gradient * total / shard[1] if stage else 0.0
-        moments = (heap + buffers, heap + flat + step + buffers * (stage == 3))
+        moments = (in_backward + gradients + buffers + flat + step,)
     else:
         moments = (
             in_backward + gradients * accumulates + buffers * (stage > 0),
@@ -250,7 +251,9 @@ def _buffers(setup: Setup, stage: int, total: int, weight: int, gradient: int) -
     """Bytes of the buckets in which DeepSpeed collects gradients, and of the weights that stage 3 gathers."""
     options = setup.config.deepspeed.get("zero_optimization", {})
     bucket = options.get("reduce_bucket_size", 5e8)
-    if stage == 0 or setup.gpu.is_host:
+    if stage == 0 and setup.gpus == 1:
+        bucket = 0
+    elif stage == 0 or setup.gpu.is_host:
         bucket = min(bucket, total)
     elif options.get("overlap_comm", False) and stage < 3:
         bucket *= 2
@@ -286,25 +289,19 @@ def step_time(setup: Setup, micro_batch: int) -> Step:
     total = sum(setup.parameters.values())
     half = config.train.precision in ("bf16_params", "fp16")
     updated = total / (ranks if setup.stage else 1)
+    weights = (4 if config.train.precision == "fp32" else 2) * total * accumulation
+    collected = GRADIENT_BYTES if setup.stage or ranks > 1 else 0
+    own = UPDATE_BYTES + (SHARDED_BYTES if setup.stage else 0)
     return Step(
-        products=share * flops / (gpu.efficiency * peak),
+        products=share * flops / (gpu.efficiency * peak) + weights * (gpu.weight_s or 3 / gpu.hbm),
         element_wise=share * MOVES * saved_bytes(setup, "none") / (gpu.element_wise or gpu.hbm),
-        optimizer=(GRADIENT_BYTES * total * accumulation + (UPDATE_BYTES + gpu.adamw_bytes) * updated) / gpu.hbm,
+        optimizer=(collected * total * accumulation + (own + gpu.adamw_bytes) * updated) / gpu.hbm,
         network=_network_time(setup, total, 2 if half else 4, accumulation),
         host=gpu.operations * count_tensors(setup.model) * accumulation * gpu.operation_s,
-        mapping=_mapped_bytes(setup, micro_batch) * gpu.mapping_s,
         loader=share * LOADER_CPU_S[config.data.decode] / CORES_PER_GPU,
         overlaps=bool(config.deepspeed.get("zero_optimization", {}).get("overlap_comm", False)),
         is_host=gpu.is_host,
     )
-
-
-def _mapped_bytes(setup: Setup, micro_batch: int) -> float:
-    """Bytes in large blocks, which malloc takes from the system in every step and gives back: bucket, flat tensors."""
-    need = memory(setup, micro_batch)
-    flat = need.gradients + need.step if setup.stage else need.buffers
-    is_large = 4 * sum(setup.parameters.values()) > LARGE_BLOCK
-    return flat * is_large + need.buffers * (setup.stage in (1, 2))
 
 
 def _network_time(setup: Setup, total: int, size: int, accumulation: float) -> float:
