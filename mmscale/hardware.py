@@ -85,7 +85,7 @@ CPU_SLACK = 1.7
 # Operations of a step for each parameter tensor. PyTorch's profiler counts 90 on `tiny`, those within others included
 # (13,500 in stage 2 and 14,800 in stage 0 for 157 tensors; AdamW alone takes half of them). The rest stands for the
 # Python around them, modules and DeepSpeed's hooks, and is fitted to the run that is marked in plan.md.
-CPU_OPERATIONS = 200
+CPU_OPERATIONS = 120
 
 
 def measured_cpu(width: int, seconds: float = 0.3) -> Gpu:
