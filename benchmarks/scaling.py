@@ -6,7 +6,8 @@ All set-ups are alive at once and take turns of a few steps, each process with o
 one GPU); those that wait are stopped. Weak: the same batch per process. Strong: the same global batch. Efficiency:
 throughput per process against one process. The machine's own ceiling is measured beside it: as many processes as cores,
 each training alone, without a word between them. What they lose against one of them is memory bandwidth, cache and
-clock, and no software's.
+clock, and no software's. `--accumulation` makes a step of several micro-batches, as a run with a large global batch
+does: gradients and weights are exchanged once for all of them.
 
 Models: `tiny` is that of configs/toy.yaml (2M parameters, pictures of 64 x 64); `25M` has 6 + 6 + 6 layers of width 384
 and 256 on pictures of 224 x 224. Data: toy shards; synthetic means the first batches again and again.

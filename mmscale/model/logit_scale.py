@@ -36,7 +36,9 @@ class _BoundedLog(torch.autograd.Function):
     """min(x, limit), with no gradient at the limit that would push x further out.
 
     The parameter is never written to: with sharded training a write to the module's copy misses the optimizer's.
-    Whether a gradient pushes outwards is decided on the mean over all ranks, so that every rank decides the same.
+    Whether a gradient pushes outwards is decided on the mean over all ranks, so that every rank decides the same. Away
+    from the limit, which is where a run mostly is, nobody has to ask the others; only a GPU does not know where it is
+    without waiting.
     """
 
     @staticmethod
@@ -46,7 +48,8 @@ class _BoundedLog(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and (grad.device.type != "cpu" or bool(ctx.at_limit)):
             grad = grad.clone()
             dist.all_reduce(grad)
             grad /= dist.get_world_size()

@@ -24,15 +24,16 @@ Run = tuple[int, int, int]
 def exchange_directly(zero: Any) -> None:
     """Has DeepSpeed's optimizer of stages 1 and 2 exchange fp32 gradients and weights this way, where they go by gloo.
 
-    Left alone: other stages, GPUs, offloading, gradients that DeepSpeed accumulates itself, and Muon, of whose split
-    matrices several ranks need the sums.
+    Gradients are left alone where they are not exchanged in fp32 or DeepSpeed accumulates them itself, and with Muon,
+    of whose split matrices several ranks need the sums.
     """
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.cpu_offload or torch.device(zero.device).type != "cpu":
         return
     deepspeed_comm.cdb.all_gather_function = all_gather
     groups = zero.optimizer.param_groups
     plain = zero.reduce_scatter and not any(zero._use_compact_grad_partition_buffer(i) for i in range(len(groups)))
-    if plain and zero.dtype == torch.float32 and not any(group.get("use_muon") for group in groups):
+    fp32 = zero.dtype == zero.communication_data_type == torch.float32
+    if plain and fp32 and not any(group.get("use_muon") for group in groups):
         zero.average_tensor = lambda bucket, dtype: average(bucket, _runs(zero, dtype), zero.dp_process_group)
 
 
