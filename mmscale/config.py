@@ -182,6 +182,7 @@ class ModelConfig(Section):
     init_from: str | None = Field(None, description="start from: a checkpoint, an export folder, or open_clip:FILE")
     legacy_cls_mask: bool = Field(False, description="open_clip's off-by-one CLS mask, for weights trained with it")
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    patch_tokens: bool = Field(False, description="the decoder sees all patches, beside what is pooled of them")
     checkpoint: str = Field("none", description="activation checkpointing: none, full, or every_N")
     compile: bool = False
     heads: dict[str, HeadConfig] = Field({}, description="task heads by name; made by `mmscale adapt`")

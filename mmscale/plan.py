@@ -201,12 +201,13 @@ def saved_bytes(setup: Setup, checkpointing: str | None = None) -> float:
     total += stack(text.layers, tokens, text.width, text.mlp_ratio)
     if decoder.layers:
         tokens = setup.text_tokens - 1
+        seen = queries + (kept if vision.patch_tokens else 0)
         total += stack(2 * decoder.layers, tokens, text.width, decoder.mlp_ratio)
         if not every:
             # A cross-attention keeps keys and values of the picture tokens, or, with few text tokens, its own mixing.
-            cross = 2 * queries * text.width - 2 * tokens * text.width
+            cross = 2 * seen * text.width - 2 * tokens * text.width
             total += decoder.layers * max(0, cross) * element
-        total += queries * model.embed_dim * (residual + element)
+        total += seen * model.embed_dim * (residual + element)
         total += tokens * text.width * (2 * residual + 2 * element)
     return total
 

@@ -1,4 +1,7 @@
-"""Learned prompts in the model: off they are not there, on they change what they should and work wherever it does."""
+"""Parts that a tuned model may have, prompts and patch tokens: off they are not there, on they change what they should.
+
+They work wherever the model does.
+"""
 
 import pytest
 import torch
@@ -33,7 +36,7 @@ def build(vision=None, decoder=None, **whole) -> MMScaleModel:
 
 
 ALL = {
-    "vision": {"prompt_tokens": 2, "prompt_depth": "deep", "guided_pooling": True},
+    "vision": {"prompt_tokens": 2, "prompt_depth": "deep", "guided_pooling": True, "patch_tokens": True},
     "decoder": {"prefix_tokens": 3},
     "class_prompts": NAMES | {"kind": "image"},
 }
@@ -89,8 +92,9 @@ def test_a_prefix_gives_the_same_captions_with_and_without_the_cache(pictures, w
 
 
 @torch.no_grad()
-def test_generation_with_a_prefix_follows_the_training_forward(pictures):
-    model = build(decoder={"prefix_tokens": 3})
+@pytest.mark.parametrize("parts", [{"decoder": {"prefix_tokens": 3}}, {"vision": {"patch_tokens": True}}])
+def test_generation_follows_the_training_forward(pictures, parts):
+    model = build(**parts)
     output = model.generate(
         pixel_values=pictures, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
     )
@@ -166,6 +170,28 @@ def test_a_guide_turns_the_image_embedding_and_leaves_the_rest(pictures):
         build().get_image_features(pictures, guides[:1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True])
+def test_patch_tokens_follow_what_is_pooled_and_the_decoder_reads_them(pictures, guided):
+    model = build(vision={"patch_tokens": True, "guided_pooling": guided})
+    plain = build(vision={"guided_pooling": guided})
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "unpooled" not in name})
+    guide = model.get_text_features(torch.tensor([[2, 9, 3]])) if guided else None
+    (embeds, tokens), (expected, pooled) = (each.vision(pictures, guide=guide) for each in (model, plain))
+    assert torch.equal(embeds, expected) and torch.equal(tokens[:, :4], pooled)
+    trunk = model.vision.trunk(pictures)
+    unpooled = model.vision.unpooled
+    rest = unpooled.projection(torch.nn.functional.layer_norm(trunk[:, 1:], trunk.shape[-1:])) + unpooled.places
+    assert tokens.shape[1] == 4 + 4 and torch.allclose(tokens[:, 4:], rest, atol=1e-5)
+    keep = torch.tensor([[0, 3]]).expand(3, -1)
+    (_, some), trunk = model.vision(pictures, keep, guide=guide), model.vision.trunk(pictures, keep)
+    rest = unpooled.projection(torch.nn.functional.layer_norm(trunk[:, 1:], trunk.shape[-1:])) + unpooled.places[[0, 3]]
+    assert torch.allclose(some[:, 4:], rest, atol=1e-5)
+    states = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(2))
+    shuffled = torch.cat([tokens[:, :4], tokens[[1, 2, 0], 4:]], dim=1)
+    assert (model.decode(states, tokens) - model.decode(states, shuffled)).abs().max() > 1e-3
+
+
 def test_formats_without_a_place_for_prompts_refuse_them():
     prompted = build(vision={"prompt_tokens": 2}).config
     with pytest.raises(UserError, match="learned prompt tokens"):
@@ -173,4 +199,6 @@ def test_formats_without_a_place_for_prompts_refuse_them():
     for config in (prompted, build(decoder={"prefix_tokens": 2}).config):
         with pytest.raises(UserError, match="it has learned prompts"):
             open_clip_config(config)
+    with pytest.raises(UserError, match="its decoder sees the patches"):
+        open_clip_config(build(vision={"patch_tokens": True}).config)
     open_clip_config(build().config)

@@ -264,13 +264,13 @@ def test_a_kept_patch_takes_its_position_along():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("length", [10, 32])
-def test_the_flop_formula_agrees_with_pytorchs_counter(preset, length):
+@pytest.mark.parametrize("length, patch_tokens", [(10, False), (32, True)])
+def test_the_flop_formula_agrees_with_pytorchs_counter(preset, length, patch_tokens):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = build_model_config(ModelConfig(preset=preset), 1000)
+    config = build_model_config(ModelConfig(preset=preset, patch_tokens=patch_tokens), 1000)
     config.vision_config.layers = config.text_config.layers = config.decoder_config.layers = 2  # the rest is more of it
     size = config.vision_config.image_size
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -54,6 +54,7 @@ def complete(config: AdaptConfig, base: Pretrained, heads: dict[str, HeadConfig]
                 )
             model[part][key] = found
     model |= {"embed_dim": sizes.embed_dim, "legacy_cls_mask": sizes.legacy_cls_mask}
+    model["patch_tokens"] |= sizes.vision_config.patch_tokens
     model["heads"] = {name: head.model_dump(mode="json") for name, head in (heads or {}).items()}
     exported = base.path / EXPORTED_TOKENIZER
     raw = config.model_dump(mode="json")

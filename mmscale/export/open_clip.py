@@ -124,6 +124,7 @@ def open_clip_config(config: MMScaleConfig) -> dict:
         (vision.patch_bias, "its patch embedding has a bias"),
         (len(activations) > 1 or not activations <= {"gelu", "quick_gelu"}, f"its activations are {activations}"),
         (vision.width % vision.heads != 0, "the image tower's heads do not divide its width"),
+        (vision.patch_tokens, "its decoder sees the patches (patch_tokens)"),
         (vision.prompt_tokens or decoder.prefix_tokens, "it has learned prompts in its image tower or decoder"),
     ):
         if wrong:

@@ -12,6 +12,7 @@ class MMScaleVisionConfig(PretrainedConfig):
     `pooler_queries` counts all queries: query 0 gives the image embedding, the others feed the decoder.
     `class_token`, `pre_norm`, `patch_bias` and `activation` let the tower hold trunks that were trained elsewhere.
     `patch_dropout` is the share of patches that a training pass leaves out (https://arxiv.org/abs/2212.00794).
+    With `patch_tokens` the decoder also sees the patches themselves, beside what is pooled of them.
     `prompt_tokens` stand beside the patches, before the first block (`prompt_depth: shallow`) or before every one
     (`deep`); `guided_pooling` lets a text steer the image embedding.
     """
@@ -35,6 +36,7 @@ class MMScaleVisionConfig(PretrainedConfig):
         activation: str = "gelu",
         layer_norm_eps: float = 1e-5,
         patch_dropout: float = 0.0,
+        patch_tokens: bool = False,
         prompt_tokens: int = 0,
         prompt_depth: str = "shallow",
         guided_pooling: bool = False,
@@ -55,6 +57,7 @@ class MMScaleVisionConfig(PretrainedConfig):
         self.activation = activation
         self.layer_norm_eps = layer_norm_eps
         self.patch_dropout = patch_dropout
+        self.patch_tokens = patch_tokens
         self.prompt_tokens = prompt_tokens
         self.prompt_depth = prompt_depth
         self.guided_pooling = guided_pooling

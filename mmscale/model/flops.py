@@ -20,7 +20,7 @@ def forward_flops(
     return (
         vision_flops(config, contrastive, caption, training)
         + text_flops(config, text_length, contrastive)
-        + (decoder_flops(config, text_length - 1) if caption else 0.0)
+        + (decoder_flops(config, text_length - 1, training) if caption else 0.0)
     )
 
 
@@ -52,6 +52,7 @@ def vision_flops(
         _linear(patches, 3 * vision.patch_size**2, width)
         + vision.layers * _block(tokens, width, vision.mlp_ratio)
         + pooler
+        + (_linear(patches, width, config.embed_dim) if caption and vision.patch_tokens else 0.0)
         + (_linear(1, config.embed_dim, config.embed_dim) if contrastive else 0.0)
     )
 
@@ -64,12 +65,15 @@ def text_flops(config: MMScaleConfig, text_length: float, contrastive: bool = Tr
     return text.layers * _block(tokens, text.width, text.mlp_ratio) + projection
 
 
-def decoder_flops(config: MMScaleConfig, tokens: float) -> float:
+def decoder_flops(config: MMScaleConfig, tokens: float, training: bool = False) -> float:
     """Of one text of so many input tokens through the decoder and the vocabulary head."""
     decoder, width = config.decoder_config, config.text_config.width
     if not decoder.layers:
         return 0.0
-    seen = config.vision_config.pooler_queries - 1
+    vision = config.vision_config
+    seen = vision.pooler_queries - 1
+    if vision.patch_tokens:
+        seen += _visible_patches(config, training)
     sizes = (tokens, seen, width, config.embed_dim, decoder.heads)
     mixing = cross_attention_flops(*sizes)["absorbed" if few_queries(*sizes) else "keys_values"]
     cross_block = 2 * _linear(tokens, width, width) + mixing + _mlp(tokens, width, decoder.mlp_ratio)

@@ -47,7 +47,7 @@ class MMScaleOutput(ModelOutput):
         image_embeds, text_embeds: [batch, embed_dim], of unit length.
         logits_per_image: [pictures, texts], cosine similarities times the logit scale (plus a bias, if any).
         logits_per_text: its transpose.
-        image_tokens: [batch, pooler queries - 1, embed_dim], what the decoder looks at.
+        image_tokens: [batch, picture tokens, embed_dim], what the decoder looks at.
         head_logits: per task head, [batch, outputs]; for the heads whose inputs are given.
         class_logits: [batch, classes], of a model with class prompts.
         past_key_values: the cache, when one is in use.
@@ -114,7 +114,8 @@ class MMScaleModel(CaptionGenerationMixin, MMScalePreTrainedModel, GenerationMix
         """[batch, 3, height, width] (uint8, or floats already normalised) to what the two losses need.
 
         Returns:
-            Embeddings [batch, embed_dim] of unit length, and picture tokens [batch, pooler queries - 1, embed_dim].
+            Embeddings [batch, embed_dim] of unit length, and picture tokens [batch, pooler queries - 1, embed_dim],
+            with `patch_tokens` also one for each patch.
         """
         image_embeds, image_tokens = self.vision(pixel_values, keep)
         return F.normalize(image_embeds, dim=-1), image_tokens

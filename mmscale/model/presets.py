@@ -125,6 +125,7 @@ def build_model_config(
         vision_config={
             **vision,
             "patch_dropout": model.patch_dropout,
+            "patch_tokens": model.patch_tokens,
             "prompt_tokens": prompts.image_tokens,
             "prompt_depth": prompts.image_depth,
             "guided_pooling": prompts.guided_pooling,

@@ -4,10 +4,34 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from .configuration_mmscale import MMScaleConfig
+from .configuration_mmscale import MMScaleConfig, MMScaleVisionConfig
+from .feed_forward import init_linear
 from .layers import AttentionalPooler, Block
 from .linear import Linear
 from .prompts import PoolingGuide, VisionPrompts
+
+
+class PatchTokens(nn.Module):
+    """Every patch as a picture token: what the trunk makes of it, projected, and where it is.
+
+    What is pooled for captions need not hold what these do not say, such as where things are, and neither need a
+    patch's own state after the last block. So places are stated anew, as large as the rest.
+    """
+
+    def __init__(self, vision: MMScaleVisionConfig, embed_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps)
+        self.projection = Linear(vision.width, embed_dim)
+        self.places = nn.Parameter(torch.empty(vision.num_patches, embed_dim))
+
+    def forward(self, patches: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[batch, patches, width], all or those in `keep` [batch, kept], to [batch, patches, embed_dim]."""
+        places = self.places if keep is None else self.places[keep]
+        return self.projection(self.norm(patches)) + places
+
+    def reset_parameters(self):
+        init_linear(self.projection, self.projection.in_features**-0.5)
+        nn.init.normal_(self.places)
 
 
 class VisionTower(nn.Module):
@@ -28,6 +52,7 @@ class VisionTower(nn.Module):
         self.pooler = AttentionalPooler(vision, config.embed_dim, vision.pooler_heads, vision.pooler_queries)
         self.norm_pooled = nn.LayerNorm(config.embed_dim, eps=vision.layer_norm_eps)
         self.projection = Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.unpooled = PatchTokens(vision, config.embed_dim) if vision.patch_tokens else None
         self.prompts = self.guide = None
         if vision.prompt_tokens:
             self.prompts = VisionPrompts(vision.prompt_tokens, vision.width, vision.layers, vision.prompt_depth)
@@ -58,19 +83,27 @@ class VisionTower(nn.Module):
             raise ValueError("this model was not tuned to be guided by a text (vision_config.guided_pooling)")
         x = self.trunk(pixel_values, keep)
         if embed and guide is not None:
-            return self._guided(x, tokens, guide)
+            return self._guided(x, keep, tokens, guide)
         pooled, _ = self.pooler(x, 0 if embed else 1, None if tokens else 1)
         pooled = self.norm_pooled(pooled)
         image_embeds = self.projection(pooled[:, 0]) if embed else None
-        return image_embeds, (pooled[:, int(embed) :] if tokens else None)
+        return image_embeds, (self._tokens(pooled[:, int(embed) :], x, keep) if tokens else None)
 
-    def _guided(self, x: Tensor, tokens: bool, guide: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _guided(self, x: Tensor, keep: Tensor | None, tokens: bool, guide: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, gain, offset = self.guide(guide if guide.ndim == 3 else guide[:, None])
         pooled, _ = self.pooler(x, 0, None if tokens else 1, shift)
         pooled = self.norm_pooled(pooled)
         first, rest = pooled[:, : shift.shape[1]], pooled[:, shift.shape[1] :]
         image_embeds = self.projection(first * (1 + gain) + offset)
-        return image_embeds if guide.ndim == 3 else image_embeds[:, 0], (rest if tokens else None)
+        image_tokens = self._tokens(rest, x, keep) if tokens else None
+        return image_embeds if guide.ndim == 3 else image_embeds[:, 0], image_tokens
+
+    def _tokens(self, pooled: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+        """What the decoder sees: what is pooled, and with `patch_tokens` what it is pooled of."""
+        if self.unpooled is None:
+            return pooled
+        patches = x if self.class_token is None else x[:, 1:]
+        return torch.cat([pooled, self.unpooled(patches, keep)], dim=1)
 
     def trunk(self, pixel_values: Tensor, keep: Tensor | None = None) -> Tensor:
         """The last block's output, [batch, patches (after the class token, if any), width]."""
