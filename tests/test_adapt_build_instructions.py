@@ -89,7 +89,7 @@ TWO = scene(
 )
 
 
-def test_counts_attributes_and_sides_are_those_of_the_objects():
+def test_counts_attributes_and_places_are_those_of_the_objects():
     counts = {(dict(fact.slots)["things"], fact.response) for fact in facts(TWO) if fact.task == "count"}
     assert {("circles", "two"), ("red circles", "two"), ("small red circles", "two"), ("blue squares", "one")} <= counts
     attributes = {
@@ -102,6 +102,9 @@ def test_counts_attributes_and_sides_are_those_of_the_objects():
     sides = {(dict(f.slots)["the_thing"], dict(f.slots)["sides"], f.response) for f in facts(TWO) if f.task == "side"}
     assert ("the circles", "left or right", "left") in sides and ("the square", "left or right", "right") in sides
     assert not any(pair == "top or bottom" for _, pair, _ in sides), "both lie across the middle"
+    assert not asked(TWO, "place")
+    corner = scene(("small", "red", "circle", [50, 5, 60, 50]), ("small", "red", "circle", [80, 5, 90, 15]))
+    assert ("the circles / are / they / them", "top right") in asked(corner, "place")
 
 
 def test_what_differs_between_things_of_a_name_is_not_asked_for():

@@ -104,6 +104,17 @@ def test_only_the_response_and_its_end_count(base):
     torch.testing.assert_close(found, expected)
 
 
+def test_one_phrasing_of_each_meaning_is_enough_to_train_on_but_not_to_align(base):
+    drawn = [len(phrasings) for position in (3, 4) for phrasings in draw(record(position), 7, position, 2)]
+    counts = {}
+    for number in (1, 2):
+        task = ResponseTask(base[1], InstructionSettings(per_picture=2, per_meaning=number), CONTEXT, 7)
+        counts[number] = len(task.prepare(batch_of([3, 4]))["rows"])
+    assert counts == {1: 4, 2: sum(drawn)} and sum(drawn) > 4
+    with pytest.raises(ValueError, match="align needs per_meaning: 2"):
+        InstructionSettings(per_meaning=1, align=0.1)
+
+
 @pytest.mark.parametrize("kind", ["embedding", "state"])
 def test_the_alignment_loss_is_the_squared_distance_of_the_phrasings(base, kind):
     model, tokenizer, _ = base

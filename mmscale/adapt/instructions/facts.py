@@ -7,7 +7,7 @@ each kind reads what its field holds and gives nothing where that is missing:
     classes    `class_name`: classify, and is_class (yes or no)
     questions  `question` and `answers`, or a list of such objects in `questions`, as the evaluation `vqa` reads them
     objects    `objects`, a list of things with a noun, attributes and a `box` [left, top, right, bottom] in pixels:
-               count, attribute, presence, relation, neighbour, side
+               count, attribute, presence, relation, neighbour, side, place
     fields     any field of text, or list of texts, by name: field, and listed (yes or no)
     facts      `facts`, a list of {"task": ..., "slots": {...}, "response": ..., "input": ...}, for your own phrasings
 
@@ -263,12 +263,14 @@ def _sides(things: list[Thing], names: dict[str, list[int]], width: int, height:
         boxes = [things[number].box for number in numbers]
         if any(box is None for box in boxes):
             continue
-        for low, high, size, (before, after) in ((0, 2, width, ("left", "right")), (1, 3, height, ("top", "bottom"))):
-            slots = (("sides", f"{before} or {after}"), *_definite(name, len(numbers)))
-            if all(box[high] <= size / 2 for box in boxes):
-                yield Fact("side", slots, before)
-            elif all(box[low] >= size / 2 for box in boxes):
-                yield Fact("side", slots, after)
+        halves = []
+        for low, high, size, (before, after) in ((1, 3, height, ("top", "bottom")), (0, 2, width, ("left", "right"))):
+            first = all(box[high] <= size / 2 for box in boxes)
+            if first or all(box[low] >= size / 2 for box in boxes):
+                halves.append(before if first else after)
+                yield Fact("side", (("sides", f"{before} or {after}"), *_definite(name, len(numbers))), halves[-1])
+        if len(halves) == 2:
+            yield Fact("place", _definite(name, len(numbers)), " ".join(halves))
 
 
 def _noun_slots(name: str) -> tuple[tuple[str, str], ...]:

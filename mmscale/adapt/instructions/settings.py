@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmscale.config import Fraction, NonNegativeInt, PositiveInt, Section
 
@@ -54,8 +54,15 @@ class InstructionSettings(Section):
 
     prompt: str = Field("question: {} answer:", description="`{}` for the instruction and its input")
     per_picture: PositiveInt = Field(4, description="meanings drawn of each picture, each time it comes up")
+    per_meaning: Literal[1, 2] = Field(2, description="phrasings of each of these; two of them can be aligned")
     answer_batch: PositiveInt = Field(256, description="questions that are answered together when scored")
     align: Annotated[float, Field(ge=0)] = Field(0.0, description="lambda, the weight of the alignment loss")
     align_on: Literal["embedding", "state"] = Field(
         "embedding", description="what is aligned: the text embedding, or the state that the response goes on from"
     )
+
+    @model_validator(mode="after")
+    def _pairs_to_align(self) -> "InstructionSettings":
+        if self.align and self.per_meaning < 2:
+            raise ValueError("align needs per_meaning: 2, pairs of phrasings")
+        return self

@@ -34,11 +34,11 @@ class _Drawn:
         self.context_length = context_length
 
     def _meanings(self, batch: LabelledBatch) -> list[tuple[int, list[Instruction]]]:
-        """(row, phrasings of one meaning), up to `per_picture` meanings of every good row."""
+        """(row, up to `per_meaning` phrasings of one meaning), up to `per_picture` meanings of every good row."""
         drawn = []
         for row in batch.valid.nonzero().flatten().tolist():
             meanings = draw(batch.records[row], self.seed, int(batch.positions[row]), self.settings.per_picture)
-            drawn += [(row, phrasings) for phrasings in meanings]
+            drawn += [(row, phrasings[: self.settings.per_meaning]) for phrasings in meanings]
         return drawn
 
     def _prompt(self, instruction: Instruction) -> list[int]:
@@ -107,7 +107,7 @@ class AlignmentTask(_Drawn):
 
     def prepare(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """Prompts [2 * pairs, length], a pair's side by side; `real` [pairs] is False for a pair that fills up."""
-        pairs = [phrasings[:2] for _, phrasings in self._meanings(batch) if len(phrasings) > 1]
+        pairs = [phrasings for _, phrasings in self._meanings(batch) if len(phrasings) > 1]
         texts = [[*self._prompt(one), self.tokenizer.end_id] for pair in pairs for one in pair]
         real = torch.ones(max(len(pairs), 1), dtype=torch.bool)
         if not pairs:
