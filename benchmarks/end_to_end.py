@@ -7,7 +7,8 @@ with the same first weights, batch, threads, loader workers, precision (fp32), c
 steps. open_clip's side is its `train_one_epoch` over its `get_wds_dataset`, with its transform, model, loss and AdamW,
 and its text padded to the context as it does. Its tokenizer is replaced by mmscale's, which is cheaper, so that the
 token ids agree; its shuffle buffer does not grow during the run, which would cost it reads. Turns alternate, and a side
-that waits for its turn is stopped. Without open_clip in the environment mmscale runs alone.
+that waits for its turn is stopped. mmscale's loop has glibc keep freed memory (mmscale/train/host_memory.py);
+open_clip's runs with malloc as it is. Without open_clip in the environment mmscale runs alone.
 
 Cases:
     b32     CoCa B/32 on pictures of 512 x 384, where the model binds on a CPU

@@ -1,6 +1,6 @@
 """`mmscale plan` beside measured runs: memory above the imports and step time of short trainings on this machine's CPU.
 
-    python -m benchmarks.plan                              (five minutes; l14 takes 17 GB of memory)
+    python -m benchmarks.plan                              (six minutes; l14 takes 18 GB of memory)
     python -m benchmarks.plan --only tiny-64-z2 l14-2-z0   (added to the readings that are there)
     python -m benchmarks.plan --only                       (measures nothing: the page anew, by today's formulas)
 

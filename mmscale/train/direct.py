@@ -4,7 +4,7 @@ gloo gathers through a buffer of its own, and DeepSpeed reduces gradients to all
 sums. Here every pair of ranks exchanges just what the other one needs, in pieces that stay in the processor's cache.
 Two ranks of one machine so spend a third of the CPU time on the same weights, and half of it on the gradients.
 
-Like `state.py` this touches DeepSpeed's private names.
+Like `state.py` and `gradients.py` this touches DeepSpeed's private names.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Gradients between their reduction and the update: their norms, whole and per part, and a veto on the update.
 
-Like `state.py` this touches DeepSpeed's private names; nothing else does.
+Like `state.py` and `direct.py` this touches DeepSpeed's private names; nothing else does.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,11 +50,14 @@ def part_norms(zero: Any, part_of: dict[nn.Parameter, str]) -> dict[str, Tensor]
     """
     parts = sorted(set(part_of.values()))
     device = next(iter(part_of)).device
-    squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    index = {part: position for position, part in enumerate(parts)}
-    sharded = False
+    gradients: dict[str, list[Tensor]] = {part: [] for part in parts}
     for parameter, gradient in _averaged_gradients(zero):
-        squares[index[part_of[parameter]]] += gradient.detach().double().square().sum()
+        gradients[part_of[parameter]].append(gradient.detach())
+    squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
+    for position, own in enumerate(gradients.values()):
+        if own:  # another rank may hold the whole part
+            squares[position] = norm_of(own).square()
+    sharded = False
     if isinstance(zero, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
         sharded = True
         squares /= float(zero.loss_scale) ** 2
@@ -66,14 +69,15 @@ def part_norms(zero: Any, part_of: dict[nn.Parameter, str]) -> dict[str, Tensor]
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """The norm [] of all of them together, in fp64.
 
-    Without fp64 copies: a CPU sums one element after the other in fp32, which is accurate enough for short pieces.
+    Added up from norms in fp32, since fp64 copies of everything cost more than the norm: a CPU sums one element after
+    the other, which is accurate enough for short pieces.
     """
     pieces = [
         piece
         for gradient in gradients
         for piece in (gradient.flatten().split(2**16) if gradient.device.type == "cpu" else (gradient,))
     ]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)).double())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)).double())
 
 
 def _averaged_gradients(zero: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -1,4 +1,5 @@
-"""DeepSpeed's partitions <-> the named tensors of a checkpoint. All of DeepSpeed's private names are in this file.
+"""DeepSpeed's partitions <-> the named tensors of a checkpoint. DeepSpeed's private names are in this file,
+`gradients.py` and `direct.py`.
 
 Every ZeRO stage steps some flat fp32 tensors; they differ in which elements of which parameter lie where:
 
