@@ -191,3 +191,16 @@ def test_a_run_starts_from_an_open_clip_file_by_name(tmp_path):
     with pytest.raises(UserError, match=r"`vision\.pooler\.queries`"):
         wider = theirs["vision_cfg"] | {"attn_pooler_queries": 12}
         take_initial_weights(MMScaleModel(our_config(theirs | {"vision_cfg": wider})), settings)
+
+
+def test_a_run_with_patch_tokens_starts_from_weights_without_them(tmp_path):
+    theirs, state, _ = reference("narrow")
+    torch.save(state, tmp_path / "weights.pt")
+    config = our_config(theirs)
+    config.vision_config.patch_tokens = True
+    model = MMScaleModel(config)
+    drawn = {name: tensor.clone() for name, tensor in model.state_dict().items() if "unpooled" in name}
+    (note,) = take_initial_weights(model, ModelConfig(init_from=f"open_clip:{tmp_path / 'weights.pt'}"))
+    assert "vision.unpooled.places" in note and "are new (model.patch_tokens)" in note
+    expected = from_open_clip(state, our_config(theirs)) | drawn
+    assert drawn and all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

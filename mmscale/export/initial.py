@@ -8,6 +8,8 @@ from mmscale.model.modeling_mmscale import MMScaleModel
 from mmscale.pretrained import load_pretrained
 
 OPEN_CLIP = "open_clip:"
+# What a model may have beyond the one whose weights it takes over; it starts from chance.
+ADDED = "vision.unpooled."
 
 
 def take_initial_weights(model: MMScaleModel, settings: ModelConfig) -> list[str]:
@@ -30,6 +32,8 @@ def take_initial_weights(model: MMScaleModel, settings: ModelConfig) -> list[str
         _check_shapes(settings.init_from, tensors, model)
         model.load_state_dict(tensors, strict=False)
         notes.append(f"model.init_from: {len(tensors)} tensors of {settings.init_from}")
+        if added := sorted(name for name in model.state_dict() if name.startswith(ADDED) and name not in tensors):
+            notes[-1] += f"; {', '.join(added)} are new (model.patch_tokens)"
         if left_out:
             notes[-1] += f"; {', '.join(left_out)} start afresh, for theirs are of another vocabulary"
     if settings.vision.init_from is not None:
@@ -52,5 +56,7 @@ def _check_shapes(source: str, tensors: dict, model: MMScaleModel) -> None:
                 f"model.init_from: {source} holds {list(tensors[name].shape)} for `{name}`, "
                 f"this model {list(wanted.shape)}"
             )
-        if name not in tensors and name not in ("text.tokens.weight", "decoder.head.weight"):
+        if name in tensors or name.startswith(ADDED):
+            continue
+        if name not in ("text.tokens.weight", "decoder.head.weight"):
             raise UserError(f"model.init_from: {source} holds nothing for `{name}`")
