@@ -108,8 +108,7 @@ static void fill_one(struct huffman *table, bool dc, unsigned code, unsigned len
 
 /*
  * two[]: a coefficient, another one if it fits, and the block's end if that fits too. Bits 0-7: how many bits belong
- * to it all; 8-15, 16-23: how far on the first and the second value go; 24-31: how far it all moves on; 32-47: the
- * second value; 48-63: the first.
+ * to it all; 8-15: how far it all moves on; 16-23, 24-31: how far on the two values go; 32-47, 48-63: the values.
  */
 static void fill_two(struct huffman *table) {
     for (unsigned bits = 0; bits < 1u << LOOK; bits++) {
@@ -127,8 +126,8 @@ static void fill_two(struct huffman *table) {
             places[values] = next >> 16 ? moves - 1 : NOWHERE;
             value[values++] = next >> 16;
         }
-        table->two[bits] = value[0] << 48 | value[1] << 32 | (uint64_t)(length ? moves : NO_LOOK) << 24 |
-                           places[1] << 16 | places[0] << 8 | length;
+        table->two[bits] = value[1] << 48 | value[0] << 32 | (uint64_t)places[1] << 24 | places[0] << 16 |
+                           (length ? moves : NO_LOOK) << 8 | length;
     }
 }
 
@@ -307,15 +306,21 @@ struct bits {
     uint64_t buffer; /* the next ones, from the highest bit down */
     unsigned count;  /* how many there are; the bits below them are zeros, or those that will come next */
     const uint8_t *next;
+    uint64_t ahead; /* the bytes at `next`, loaded before they are needed */
 };
+
+static inline void look_ahead(struct bits *in) {
+    uint64_t bytes;
+    memcpy(&bytes, in->next, 8);
+    in->ahead = __builtin_bswap64(bytes);
+}
 
 /* Fills up to 56 bits or more. */
 static inline void refill(struct bits *in) {
-    uint64_t bytes;
-    memcpy(&bytes, in->next, 8);
-    in->buffer |= __builtin_bswap64(bytes) >> in->count;
+    in->buffer |= in->ahead >> in->count;
     in->next += (63 - in->count) >> 3;
     in->count |= 56;
+    look_ahead(in);
 }
 
 static inline void drop(struct bits *in, unsigned count) {
@@ -352,6 +357,7 @@ static void clean_more(struct source *source, struct bits *in) {
     memset(to, 0, MCU_BYTES + 32);
     source->end = to;
     source->limit = source->marker ? to + 8 : to - MCU_BYTES;
+    look_ahead(in);
 }
 
 static void begin_segment(struct source *source, struct bits *in) {
@@ -412,35 +418,42 @@ static inline bool decode_block(struct bits *in, const struct huffman *dc, const
     }
     block[0] = (int16_t)*last;
 
-    const uint16_t *to = place + 1, *full = place + FULL;
-    while (to < full) {
+    uint64_t taken = 1 << 8; /* like a look: bits 0-7: how many bits since the refill; 8-15: the coefficient's number */
+    for (int looks = 56 / LOOK - 1;; looks = 56 / LOOK) {
         uint64_t look = 0, before = 0;
-        refill(in);
-        for (int i = 0; i < 56 / LOOK && to < full; i++) {
+        for (int i = 0; i < looks && !(taken & 0xC000); i++) {
+            const uint16_t *to = place + (taken >> 8 & 255);
             before = in->buffer;
             look = ac->two[before >> (64 - LOOK)];
-            block[to[look >> 8 & 255]] = (int16_t)(look >> 48);
             block[to[look >> 16 & 255]] = (int16_t)(look >> 32);
-            drop(in, look & 63);
-            to += look >> 24 & 255;
+            block[to[look >> 24 & 255]] = (int16_t)(look >> 48);
+            in->buffer <<= look & 63;
+            taken += look;
         }
-        if (to <= full || (to > place + END && to < full + END))
-            continue;
-        /* NO_LOOK, or one that took bits of the next block: one symbol by itself instead. */
-        to -= look >> 24 & 255;
-        in->buffer = before;
-        in->count += look & 63;
-        if (!next_symbol(in, ac, &symbol))
-            return false;
-        unsigned run = symbol >> 4, size = symbol & 15;
-        if (symbol == 0)
-            break;
-        if (to + run >= full || (size == 0 && run != 15))
-            return false;
-        to += run + 1;
-        block[to[-1]] = (int16_t)next_value(in, size);
+        in->count -= taken & 255;
+        unsigned k = taken >> 8 & 255;
+        if (k == FULL || (k > END && k < END + FULL))
+            return true;
+        if (k > FULL) {
+            /* NO_LOOK, or one that took bits of the next block: one symbol by itself instead. */
+            k -= look >> 8 & 255;
+            in->buffer = before;
+            in->count += look & 63;
+            if (!next_symbol(in, ac, &symbol))
+                return false;
+            unsigned run = symbol >> 4, size = symbol & 15;
+            if (symbol == 0)
+                return true;
+            if (k + run >= FULL || (size == 0 && run != 15))
+                return false;
+            block[place[k + run]] = (int16_t)next_value(in, size);
+            k += run + 1;
+            if (k == FULL)
+                return true;
+        }
+        taken = k << 8;
+        refill(in);
     }
-    return true;
 }
 
 /* ---- Pixels ---- */
