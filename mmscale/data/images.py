@@ -1,8 +1,8 @@
 """From an encoded picture to uint8 pixels of the model's size.
 
-JPEGs go through libjpeg-turbo, or where they come at a fraction of their size through a decoder of our own that gives
-the same pixels (`mmscale.data.jpeg`); everything else, and what libjpeg-turbo refuses, through PIL. Resizing is PyTorch's
-antialiased bicubic on uint8 in channels-last layout, which agrees with PIL's to within rounding at a quarter of its cost.
+JPEGs go through libjpeg-turbo, or where a fraction of their size will do through a decoder of our own with the same
+pixels (`mmscale.data.jpeg`); everything else, and what libjpeg-turbo refuses, through PIL. Resizing is PyTorch's
+antialiased bicubic on uint8 in channels-last layout: it agrees with PIL's to within rounding at a quarter of its cost.
 Arrays are [height, width, 3], uint8, RGB.
 """
 
@@ -237,7 +237,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None, shared: boo
         elif decoder is None or not decoder.open(data) or not decoder.decode(scale, 0, 0, pixels):
             # Without `fastdct`, whose 16-bit arithmetic the decoder in jpeg.c could not match on every processor.
             simplejpeg.decode_jpeg(data, "RGB", False, True, height, width, min_factor=scale, buffer=pixels)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: it has no name for the sampling
         return None
     return _upright(pixels, _jpeg_orientation(data)), scale
 

@@ -87,7 +87,7 @@ static const uint8_t NATURAL[64] = {
 /* ---- Huffman tables ---- */
 
 /* The value of `size` bits, one or more (T.81, figure F.12). */
-static inline int extend(unsigned bits, unsigned size) {
+INLINE int extend(unsigned bits, unsigned size) {
     return bits >> (size - 1) ? (int)bits : (int)bits - (1 << size) + 1;
 }
 
@@ -309,21 +309,21 @@ struct bits {
     uint64_t ahead; /* the bytes at `next`, loaded before they are needed */
 };
 
-static inline void look_ahead(struct bits *in) {
+INLINE void look_ahead(struct bits *in) {
     uint64_t bytes;
     memcpy(&bytes, in->next, 8);
     in->ahead = __builtin_bswap64(bytes);
 }
 
 /* Fills up to 56 bits or more. */
-static inline void refill(struct bits *in) {
+INLINE void refill(struct bits *in) {
     in->buffer |= in->ahead >> in->count;
     in->next += (63 - in->count) >> 3;
     in->count |= 56;
     look_ahead(in);
 }
 
-static inline void drop(struct bits *in, unsigned count) {
+INLINE void drop(struct bits *in, unsigned count) {
     in->buffer <<= count;
     in->count -= count;
 }
@@ -403,7 +403,7 @@ static int next_value(struct bits *in, unsigned size) {
  *
  * last: the component's last DC. place: where in a batch the coefficients go, by their number and beyond.
  */
-static inline bool decode_block(struct bits *in, const struct huffman *dc, const struct huffman *ac, unsigned *last,
+INLINE bool decode_block(struct bits *in, const struct huffman *dc, const struct huffman *ac, unsigned *last,
                                 int16_t *block, const uint16_t *place) {
     unsigned symbol;
     refill(in);
@@ -415,6 +415,7 @@ static inline bool decode_block(struct bits *in, const struct huffman *dc, const
         if (!next_symbol(in, dc, &symbol))
             return false;
         *last += (unsigned)next_value(in, symbol);
+        refill(in);
     }
     block[0] = (int16_t)*last;
 
@@ -458,7 +459,7 @@ static inline bool decode_block(struct bits *in, const struct huffman *dc, const
 
 /* ---- Pixels ---- */
 
-static inline bool transform_batch(struct decoder *d, unsigned number, unsigned size) {
+INLINE bool transform_batch(struct decoder *d, unsigned number, unsigned size) {
     const int16_t(*batch)[LANES] = d->batch[number], (*steps)[LANES] = d->steps[number];
     uint8_t(*tile)[8 * LANES] = d->tile[number];
     switch (size) {
@@ -478,7 +479,7 @@ struct region {
 };
 
 /* Transforms the batches and writes what the region has of the pixels. top, left: of the batches. False: not mine. */
-static inline bool paint(struct decoder *d, unsigned size, unsigned top, unsigned left, struct region region,
+INLINE bool paint(struct decoder *d, unsigned size, unsigned top, unsigned left, struct region region,
                          uint8_t *pixels) {
     unsigned width = LANES * size, height = d->down * size;
     if (top >= region.top + region.height || top + height <= region.top || left >= region.left + region.width ||
@@ -525,7 +526,7 @@ struct block {
 };
 
 /* size: of a luma block in the result, 8 / scale. False: not mine. */
-static inline bool decode_scan(struct decoder *d, const uint8_t *data, unsigned size, struct region region,
+INLINE bool decode_scan(struct decoder *d, const uint8_t *data, unsigned size, struct region region,
                                uint8_t *pixels) {
     unsigned last[3] = {0}, blocks = 0;
     struct block block[MCU_BLOCKS];
@@ -580,11 +581,11 @@ static inline bool decode_scan(struct decoder *d, const uint8_t *data, unsigned 
     return end_segment(&source, &in) == EOI;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE) /* a test builds it with PORTABLE */
+#define WITH_AVX2
 /* The same once more for what nearly every machine has: twice as wide vectors, and shifts that are one instruction. */
-__attribute__((target("avx2,bmi2"), flatten)) static bool decode_scan_avx2(struct decoder *d, const uint8_t *data,
-                                                                           unsigned size, struct region region,
-                                                                           uint8_t *pixels) {
+__attribute__((target("avx2,bmi2"))) static bool decode_scan_avx2(struct decoder *d, const uint8_t *data, unsigned size,
+                                                                  struct region region, uint8_t *pixels) {
     return decode_scan(d, data, size, region, pixels);
 }
 #endif
@@ -622,6 +623,9 @@ PUBLIC bool mmscale_jpeg_decode(struct decoder *d, const uint8_t *data, size_t l
                                 unsigned left, unsigned height, unsigned width, uint8_t *pixels) {
     if (length == 0 || length != d->length || (scale != 2 && scale != 4 && scale != 8))
         return false;
+    /* Of the scales that round a tiny picture to the same size, libjpeg-turbo's interface takes the largest. */
+    if (d->height < 8 && d->width < 8)
+        return false;
     unsigned full_height = (d->height + scale - 1) / scale, full_width = (d->width + scale - 1) / scale;
     if (top > full_height || height > full_height - top || left > full_width || width > full_width - left)
         return false;
@@ -632,7 +636,7 @@ PUBLIC bool mmscale_jpeg_decode(struct decoder *d, const uint8_t *data, size_t l
             return false;
     }
     struct region region = {top, left, height, width};
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef WITH_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
         return decode_scan_avx2(d, data, 8 / scale, region, pixels);
 #endif

@@ -11,6 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Into the function for the processor at hand, and with what is constant there: without it nothing becomes a vector. */
+#define INLINE static inline __attribute__((always_inline))
+
 enum { LANES = 16 }; /* blocks side by side, all transformed at once */
 
 enum { CONST_BITS = 13, PASS_BITS = 2 };
@@ -26,23 +29,24 @@ enum {
 /*
  * The largest sum of a block's coefficients, as absolute values, that is taken. Up to here no value or sum of two
  * leaves 16 bits between the two passes of a transform (the first one's gain is below 5.55), and none leaves 32 bits
- * within them, so that all of libjpeg-turbo's versions (C, SSE2, AVX2, NEON ...) agree. Pictures stay far below.
+ * within them, so that libjpeg-turbo's versions for SSE2, AVX2 and NEON agree. To one sample it has a version in C
+ * alone, which takes the result modulo 1024. Photographs stay far below; noise of black and white does not.
  */
-enum { MAX_SUM = 5900 };
+enum { MAX_SUM = 5900, MAX_SUM_TO_ONE = 4000 };
 
-/* Unsigned, since blocks above MAX_SUM, which are refused in the end, may overflow it. */
+/* Unsigned, since blocks of a larger sum, which are refused in the end, may overflow it. */
 typedef uint32_t number;
 
-static inline number descale(number value, int bits) {
+INLINE number descale(number value, int bits) {
     return (number)((int32_t)(value + (1u << (bits - 1))) >> bits);
 }
 
-static inline uint32_t clamp(int32_t value) {
+INLINE uint32_t clamp(int32_t value) {
     return (uint32_t)(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
 /* From the coefficients of a row or a column, save the fifth, to four means of two samples (jidctred.c). */
-static inline void to_four(const number x[8], number y[4], int bits) {
+INLINE void to_four(const number x[8], number y[4], int bits) {
     number even = x[0] << (CONST_BITS + 1);
     number turn = x[2] * F_1_847 - x[6] * F_0_765;
     number inner = x[1] * F_1_061 - x[3] * F_2_172 + x[5] * F_1_451 - x[7] * F_0_211;
@@ -54,7 +58,7 @@ static inline void to_four(const number x[8], number y[4], int bits) {
 }
 
 /* From the first one and those of odd frequency to two means of four samples (jidctred.c). */
-static inline void to_two(const number x[8], number y[2], int bits) {
+INLINE void to_two(const number x[8], number y[2], int bits) {
     number even = x[0] << (CONST_BITS + 2);
     number odd = x[1] * F_3_624 - x[3] * F_1_272 + x[5] * F_0_850 - x[7] * F_0_720;
     y[0] = descale(even + odd, bits + 2);
@@ -62,7 +66,7 @@ static inline void to_two(const number x[8], number y[2], int bits) {
 }
 
 /* From all to eight samples (jidctint.c). */
-static inline void to_eight(const number x[8], number y[8], int bits) {
+INLINE void to_eight(const number x[8], number y[8], int bits) {
     number sum = (x[0] + x[4]) << CONST_BITS, difference = (x[0] - x[4]) << CONST_BITS;
     number turn = (x[2] + x[6]) * F_0_541;
     number low = turn + x[2] * F_0_765, high = turn - x[6] * F_1_847;
@@ -79,11 +83,11 @@ static inline void to_eight(const number x[8], number y[8], int bits) {
 }
 
 /* To one mean of eight samples, with a scale of its own like the others (jidctred.c). */
-static inline void to_one(const number x[8], number y[1], int bits) {
+INLINE void to_one(const number x[8], number y[1], int bits) {
     y[0] = descale(x[0] << CONST_BITS, bits);
 }
 
-static inline void transform_line(int size, const number x[8], number y[8], int bits) {
+INLINE void transform_line(int size, const number x[8], number y[8], int bits) {
     if (size == 8)
         to_eight(x, y, bits);
     else if (size == 4)
@@ -95,12 +99,12 @@ static inline void transform_line(int size, const number x[8], number y[8], int 
 }
 
 /* Whether a row or a column of coefficients has a part in a transform to `size` samples. */
-static inline bool has_part(int size, int index) {
+INLINE bool has_part(int size, int index) {
     return index == 0 || size == 8 || (size == 4 && index != 4) || (size == 2 && index % 2 == 1);
 }
 
-/* corner: the rows and columns of coefficients from this one on hold zeros. False: MAX_SUM is passed. */
-static inline bool transform(int size, int corner, const int16_t (*batch)[LANES], const int16_t (*steps)[LANES],
+/* corner: the rows and columns of coefficients from this one on hold zeros. False: the sum is too large. */
+INLINE bool transform(int size, int corner, const int16_t (*batch)[LANES], const int16_t (*steps)[LANES],
                              uint8_t (*tile)[8 * LANES]) {
     int32_t sums[LANES] = {0}, largest = 0;
     number lines[8][8][LANES];
@@ -149,11 +153,11 @@ static inline bool transform(int size, int corner, const int16_t (*batch)[LANES]
             for (int i = 0; i < size * LANES; i++)
                 tile[row][i] = (uint8_t)(samples[i / size] >> (8 * (i % size)));
     }
-    return largest <= MAX_SUM;
+    return largest <= (size == 1 ? MAX_SUM_TO_ONE : MAX_SUM);
 }
 
 /* Chroma mostly has nothing outside the corner of 4 x 4 low frequencies. */
-static inline bool is_low(const int16_t (*batch)[LANES]) {
+INLINE bool is_low(const int16_t (*batch)[LANES]) {
     int16_t any[LANES] = {0}, all = 0;
     for (int row = 0; row < 8; row++)
         for (int column = row < 4 ? 4 : 0; column < 8; column++)
@@ -165,7 +169,7 @@ static inline bool is_low(const int16_t (*batch)[LANES]) {
 }
 
 /* One row of the tiles, as JFIF's YCbCr, to RGB with libjpeg's rounding (jdcolor.c). Writes two bytes beyond. */
-static inline void to_rgb(const uint8_t *luma, const uint8_t *blue, const uint8_t *red, uint8_t *rgb) {
+INLINE void to_rgb(const uint8_t *luma, const uint8_t *blue, const uint8_t *red, uint8_t *rgb) {
     uint32_t pixels[4 * LANES];
     for (int i = 0; i < 4 * LANES; i++) {
         int32_t y = luma[i], cb = blue[i] - 128, cr = red[i] - 128;
