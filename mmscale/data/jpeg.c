@@ -404,7 +404,7 @@ static int next_value(struct bits *in, unsigned size) {
  * last: the component's last DC. place: where in a batch the coefficients go, by their number and beyond.
  */
 INLINE bool decode_block(struct bits *in, const struct huffman *dc, const struct huffman *ac, unsigned *last,
-                                int16_t *block, const uint16_t *place) {
+                         int16_t *block, const uint16_t *place) {
     unsigned symbol;
     refill(in);
     uint32_t difference = dc->one[in->buffer >> (64 - LOOK)];
@@ -419,10 +419,11 @@ INLINE bool decode_block(struct bits *in, const struct huffman *dc, const struct
     }
     block[0] = (int16_t)*last;
 
-    uint64_t taken = 1 << 8; /* like a look: bits 0-7: how many bits since the refill; 8-15: the coefficient's number */
-    for (int looks = 56 / LOOK - 1;; looks = 56 / LOOK) {
+    /* As in a look: bits 0-7: how many were taken since the refill; 8-15: the number of the next coefficient. */
+    uint64_t taken = 1 << 8;
+    for (int looks = 56 / LOOK - 1;; looks = 56 / LOOK) { /* what a refill is enough for, first less the DC's look */
         uint64_t look = 0, before = 0;
-        for (int i = 0; i < looks && !(taken & 0xC000); i++) {
+        for (int i = 0; i < looks && !(taken & (FULL | END) << 8); i++) {
             const uint16_t *to = place + (taken >> 8 & 255);
             before = in->buffer;
             look = ac->two[before >> (64 - LOOK)];
@@ -480,7 +481,7 @@ struct region {
 
 /* Transforms the batches and writes what the region has of the pixels. top, left: of the batches. False: not mine. */
 INLINE bool paint(struct decoder *d, unsigned size, unsigned top, unsigned left, struct region region,
-                         uint8_t *pixels) {
+                  uint8_t *pixels) {
     unsigned width = LANES * size, height = d->down * size;
     if (top >= region.top + region.height || top + height <= region.top || left >= region.left + region.width ||
         left + width <= region.left)
@@ -527,7 +528,7 @@ struct block {
 
 /* size: of a luma block in the result, 8 / scale. False: not mine. */
 INLINE bool decode_scan(struct decoder *d, const uint8_t *data, unsigned size, struct region region,
-                               uint8_t *pixels) {
+                        uint8_t *pixels) {
     unsigned last[3] = {0}, blocks = 0;
     struct block block[MCU_BLOCKS];
     for (unsigned i = 0; i < d->components; i++) {

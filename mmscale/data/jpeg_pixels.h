@@ -82,7 +82,7 @@ INLINE void to_eight(const number x[8], number y[8], int bits) {
     }
 }
 
-/* To one mean of eight samples, with a scale of its own like the others (jidctred.c). */
+/* To one mean of eight samples (jidctred.c). */
 INLINE void to_one(const number x[8], number y[1], int bits) {
     y[0] = descale(x[0] << CONST_BITS, bits);
 }
@@ -105,7 +105,7 @@ INLINE bool has_part(int size, int index) {
 
 /* corner: the rows and columns of coefficients from this one on hold zeros. False: the sum is too large. */
 INLINE bool transform(int size, int corner, const int16_t (*batch)[LANES], const int16_t (*steps)[LANES],
-                             uint8_t (*tile)[8 * LANES]) {
+                      uint8_t (*tile)[8 * LANES]) {
     int32_t sums[LANES] = {0}, largest = 0;
     number lines[8][8][LANES];
     for (int column = 0; column < corner; column++) {
