@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "mmscale/__init__.py").read_text(encoding="utf-8"), re.M).group(1)
@@ -17,7 +17,21 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["mmscale", "mmscale.*"]),
-    package_data={"mmscale.report": ["*.css", "*.js"], "mmscale.adapt.instructions": ["*.yaml"]},
+    # Plain C, called through ctypes: it needs a compiler but no Python headers, and without a compiler is left out.
+    ext_modules=[
+        Extension(
+            "mmscale.data._jpeg",
+            ["mmscale/data/jpeg.c"],
+            depends=["mmscale/data/jpeg_pixels.h"],
+            extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],
+            optional=True,
+        )
+    ],
+    package_data={
+        "mmscale.data": ["*.c", "*.h"],
+        "mmscale.report": ["*.css", "*.js"],
+        "mmscale.adapt.instructions": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

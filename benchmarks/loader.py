@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.common import Report, paired, parser, ratios
 from mmscale.config import DataConfig
-from mmscale.data import images
+from mmscale.data import images, jpeg
 from mmscale.data.index import build_index
 from mmscale.data.loader import TrainStream
 from mmscale.data.order import MixtureOrder, StreamOrder
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser(__doc__.splitlines()[0]).parse_args(argv)
     torch.set_num_threads(1)
     report = Report("loader")
+    report.add("our own JPEG decoder, for fast", "built", [float(jpeg.AVAILABLE)], better="neither")
     with tempfile.TemporaryDirectory() as folder:
         shards = write_photos(Path(folder), num_shards=4, num_samples=50 if args.quick else 250)
         tokenizer = train_tokenizer(iter_captions(shards, DataConfig()), f"{folder}/tokenizer.model", 300)

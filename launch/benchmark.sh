@@ -20,8 +20,13 @@ make_environment test
 mkdir -p "$out"
 
 before=$(mktemp -d)
-trap 'git worktree remove --force "$before"' EXIT
+built=$(mktemp -d)
+trap 'git worktree remove --force "$before"; rm -rf "$built"' EXIT
 git worktree add --force --detach "$before" "$commit"
+if [ -f "$before/mmscale/data/jpeg.c" ]; then # its compiled part; this checkout's was built with the environment
+    pip install --disable-pip-version-check --quiet --no-deps --target "$built" "$before"
+    cp "$built"/mmscale/data/_jpeg*.so "$before/mmscale/data/" || true
+fi
 for side in "$before:old" "$MMSCALE_ROOT:new"; do
     cd "${side%:*}"
     # This folder's code, and not the one that the environment was made with.

@@ -31,7 +31,8 @@ make_environment() {
     # The environment comes first on PATH: DeepSpeed looks for its programs there.
     PATH=$MMSCALE_VENV/bin:$PATH
     export PATH
-    stamp=$(cat "$MMSCALE_ROOT/setup.py" "$MMSCALE_ROOT/configs/constraints.txt" <(echo "$extras $MMSCALE_ROOT") | sha256sum)
+    stamp=$(cat "$MMSCALE_ROOT/setup.py" "$MMSCALE_ROOT"/mmscale/data/jpeg*.[ch] "$MMSCALE_ROOT/configs/constraints.txt" \
+        <(echo "$extras $MMSCALE_ROOT") | sha256sum)
     if [ "$stamp" != "$(cat "$MMSCALE_VENV/.mmscale-$extras" 2>/dev/null)" ]; then
         echo "Installing mmscale and the tested versions of what it needs (a minute or two, longer on a slow line)"
         if [ -n "${TORCH_INDEX_URL:-}" ]; then

@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 from shard_files import bomb, picture
 
@@ -88,6 +89,16 @@ def test_grey_sixteen_bit_and_cmyk_become_rgb():
 def test_what_is_no_whole_image_is_refused_with_a_reason(data, reason):
     with pytest.raises(images.ImageError, match=reason):
         images.decode(data, MAX)
+
+
+def test_a_jpeg_of_a_sampling_that_simplejpeg_cannot_name_is_decoded():
+    data = simplejpeg.encode_jpeg(np.full((32, 32, 3), (200, 100, 50), dtype=np.uint8), colorsubsampling="411")
+    frame = data.index(b"\xff\xc0") + 11
+    assert data[frame] == 0x41
+    tall = data[:frame] + b"\x14" + data[frame + 1 :]  # 4:4:1: as many blocks in as many MCUs, above each other
+    for fast in (False, True):
+        view = images.training_view(tall, lambda *_: images.Box(0, 0, 32, 32), 16, MAX, fast)
+        assert np.abs(view.astype(int) - (200, 100, 50)).max() <= 2
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -1,5 +1,7 @@
 """What the loop keeps over a restart, and what its lines say, on a task that trains in milliseconds."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -145,6 +147,25 @@ def begin_to_average(root, stages):
         before, after = (Checkpoint.open(root / str(stage) / "checkpoints" / f"step_{n:08d}") for n in (7, 8))
         found.append([(after.read(name, "ema"), before.read(name), after.read(name)) for name in before.names("param")])
     return found
+
+
+def train_and_listen(folder):
+    from mmscale.data import jpeg
+
+    said = {}
+    for available in (True, False):
+        for decode in ("fast", "exact"):
+            jpeg.AVAILABLE = available
+            config = tiny_config(folder / f"{available}-{decode}", data={"decode": decode}, train={"samples": BATCH})
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                train(config)
+            said[available, decode] = out.getvalue().count(jpeg.MISSING)
+    return said
+
+
+def test_a_missing_jpeg_decoder_is_told_once_where_it_would_be_used(tmp_path):
+    said = run_ranks(1, train_and_listen, tmp_path)[0]
+    assert said == {(True, "fast"): 0, (True, "exact"): 0, (False, "fast"): 1, (False, "exact"): 0}
 
 
 def test_an_average_that_is_asked_for_later_begins_at_the_weights_of_then(tmp_path):

@@ -1,7 +1,8 @@
 """From an encoded picture to uint8 pixels of the model's size.
 
-JPEGs go through libjpeg-turbo; everything else, and what it refuses, through PIL. Resizing is PyTorch's antialiased
-bicubic on uint8 in channels-last layout, which agrees with PIL's to within rounding at a quarter of its cost.
+JPEGs go through libjpeg-turbo, or where a fraction of their size will do through a decoder of our own with the same
+pixels (`mmscale.data.jpeg`); everything else, and what libjpeg-turbo refuses, through PIL. Resizing is PyTorch's
+antialiased bicubic on uint8 in channels-last layout: it agrees with PIL's to within rounding at a quarter of its cost.
 Arrays are [height, width, 3], uint8, RGB.
 """
 
@@ -16,6 +17,8 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+
+from mmscale.data import jpeg
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _MAX_ASPECT = 8  # a longer picture is cut before it is resized, or a line of pixels would become gigabytes
@@ -96,15 +99,15 @@ def training_view(
     crop: from the picture's height and width to the box. fast: decode no more than the size asks for, widen the box to
     whole pixels of that, and resize bilinearly. Raises ImageError.
     """
-    pixels, scale = decode_scaled(data, max_pixels, size * 3 // 4 if fast else None, shared=True)
-    height, width = pixels.shape[:2]
-    box = crop(height * scale, width * scale)
-    if scale > 1:
-        # Outwards: rounding each edge by itself could shift the whole view, and a shift costs more than a wider view.
-        top, left = box.top // scale, box.left // scale
-        bottom, right = -(-(box.top + box.height) // scale), -(-(box.left + box.width) // scale)
-        box = Box(top, left, bottom - top, right - left)
-    return crop_and_resize(pixels, box, size, "bilinear" if fast else "bicubic", out)
+    if out is None:
+        out = np.empty((size, size, 3), dtype=np.uint8)
+    min_size, mode = (size * 3 // 4, "bilinear") if fast else (None, "bicubic")
+    part = _decode_crop(data, crop, min_size, max_pixels) if fast else None
+    if part is not None:
+        return resize(part, size, size, mode, out)
+    pixels, scale = decode_scaled(data, max_pixels, min_size, shared=True)
+    box = _widened(crop(pixels.shape[0] * scale, pixels.shape[1] * scale), scale)
+    return crop_and_resize(pixels, box, size, mode, out)
 
 
 def training_crop(
@@ -182,6 +185,42 @@ def _channels_last(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
 
 
+def _widened(box: Box, scale: int) -> Box:
+    """A box of the picture as one of whole pixels of the picture divided by `scale`."""
+    # Outwards: rounding each edge by itself could shift the whole view, and a shift costs more than a wider view.
+    top, left = box.top // scale, box.left // scale
+    bottom, right = -(-(box.top + box.height) // scale), -(-(box.left + box.width) // scale)
+    return Box(top, left, bottom - top, right - left)
+
+
+def _scale(height: int, width: int, min_size: int | None) -> int:
+    """The largest of 1, 2, 4 and 8 whose division leaves the shorter side `min_size` pixels."""
+    scale = 1
+    while min_size is not None and scale < 8 and min(height, width) >= 2 * scale * min_size:
+        scale *= 2
+    return scale
+
+
+def _decode_crop(
+    data: bytes | memoryview, crop: Callable[[int, int], Box], min_size: int, max_pixels: int
+) -> np.ndarray | None:
+    """The crop of an upright JPEG at a fraction of its size, without the pixels around it, in this thread's memory.
+
+    None where our own decoder is missing or leaves the file to libjpeg-turbo. Raises ImageError.
+    """
+    decoder = jpeg.decoder()
+    if decoder is None or data[:3] != b"\xff\xd8\xff" or not decoder.open(data):
+        return None
+    _check_size(decoder.height, decoder.width, max_pixels)
+    scale = _scale(decoder.height, decoder.width, min_size)
+    if scale == 1 or (decoder.has_app1 and _jpeg_orientation(data) != 1):
+        return None
+    height, width = -(-decoder.height // scale), -(-decoder.width // scale)
+    box = _widened(crop(height * scale, width * scale), scale)
+    part = _scratch.take("resize", box.height, box.width, 3)
+    return part if decoder.decode(scale, box.top, box.left, part) else None
+
+
 def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None, shared: bool) -> tuple[np.ndarray, int] | None:
     """None when libjpeg-turbo does not take it: PIL has the last word."""
     try:
@@ -189,16 +228,16 @@ def _decode_jpeg(data: bytes, max_pixels: int, min_size: int | None, shared: boo
         _check_size(height, width, max_pixels)
         if colorspace not in ("YCbCr", "RGB", "Gray", "GRAY"):
             return None
-        scale = 1
-        while min_size is not None and scale < 8 and min(height, width) >= 2 * scale * min_size:
-            scale *= 2
+        scale = _scale(height, width, min_size)
         height, width = -(-height // scale), -(-width // scale)
-        buffer = _scratch.take("decode", height, width, 3) if shared else None
+        pixels = _scratch.take("decode", height, width, 3) if shared else np.empty((height, width, 3), dtype=np.uint8)
+        decoder = jpeg.decoder() if scale > 1 else None
         if scale == 1:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
-        else:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", True, True, height, width, min_factor=scale, buffer=buffer)
-    except ValueError:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
+        elif decoder is None or not decoder.open(data) or not decoder.decode(scale, 0, 0, pixels):
+            # Without `fastdct`, whose 16-bit arithmetic the decoder in jpeg.c could not match on every processor.
+            simplejpeg.decode_jpeg(data, "RGB", False, True, height, width, min_factor=scale, buffer=pixels)
+    except (ValueError, KeyError):  # KeyError: it has no name for the sampling
         return None
     return _upright(pixels, _jpeg_orientation(data)), scale
 

@@ -14,6 +14,7 @@ import transformers
 import mmscale
 from mmscale.checkpoint import Checkpoint, committed, find_damage
 from mmscale.config import Config
+from mmscale.data import jpeg
 from mmscale.errors import UserError
 from mmscale.train.bad_samples import BadSamples
 from mmscale.train.engine import Engine, Processes, Update, deepspeed_config, start_processes
@@ -134,6 +135,8 @@ class Trainer:
             (self._save_is_due, Trainer.save),
             (self._evaluation_is_due, Trainer.evaluate),
         ]
+        if config.data.decode == "fast" and not jpeg.AVAILABLE:
+            self.progress.say(jpeg.MISSING)
         if self.last_step == self.step and processes.is_main and not check:
             self.progress.say(
                 f"{folder.path}: already at {self.samples} of {total * config.train.global_batch} samples"
