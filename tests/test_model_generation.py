@@ -87,6 +87,17 @@ def test_left_padded_prompts_give_what_each_gives_alone(model, pictures):
             assert row[4 - len(prompt) :].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rank_that_has_finished_steps_on_beside_the_others(model, pictures, padded, monkeypatch):
+    prompts = torch.tensor([[0, 2, 17], [2, 9, 5], [2, 8, 4]])
+    prompt = {"input_ids": prompts, "attention_mask": (prompts != 0).long()} if padded else {}
+    alone = write(model, pictures, **prompt, min_new_tokens=4, max_new_tokens=4).sequences
+    steps = iter(range(4 + 3))  # in place of what the ranks tell each other
+    monkeypatch.setattr(model, "_has_unfinished_sequences", lambda *args, **kwargs: next(steps, None) is not None)
+    beside = write(model, pictures, **prompt, min_new_tokens=4, max_new_tokens=4, synced_gpus=True).sequences
+    assert torch.equal(beside, alone) and next(steps, None) is None
+
+
 def test_pictures_are_encoded_once_and_shared_by_their_beams(model, pictures):
     vision, projected, mixed = [], [], []
     handles = [
