@@ -68,7 +68,7 @@ USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers a
 CORES_PER_GPU = 12
 LATENCY_S = 20e-6  # of one collective, for each doubling of the ranks
 # CPU seconds that a sample costs: JPEG of 47 KB, decode and resize, on one core (benchmarks/loader.py).
-LOADER_CPU_S = {"exact": 1.5e-3, "fast": 0.8e-3}
+LOADER_CPU_S = {"exact": 1.5e-3, "fast": 0.7e-3}
 SAMPLE_BYTES = 50_000
 DEFAULT_VOCABULARY = 49_408
 DEFAULT_TEXT_TOKENS = 24  # captions from the web are short; at most the context length
