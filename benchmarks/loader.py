@@ -39,6 +39,8 @@ from mmscale.data.tokenizer import Tokenizer, train_tokenizer
 SIZE = 224
 BATCH = 64
 CONTEXT = 76
+READ_AHEAD = 2  # batches of each worker, of ours three in all
+REST_S = 0.5  # in which what is read ahead is completed
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WORDS = (
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_quality(report, shards)
         measure_cpu(report, shards, tokenizer, rounds=10 if args.quick else 50)
         for workers in (2,) if args.quick else (1, 2):
-            measure_wall(report, shards, tokenizer, workers, rounds=10 if args.quick else 50)
+            measure_wall(report, shards, tokenizer, workers, rounds=6 if args.quick else 25)
         measure_stages(report, shards, tokenizer, rounds=10 if args.quick else 50)
         measure_memory(report, Path(folder), tokenizer, num_samples=20_000 if args.quick else 200_000)
     measure_order(report, rounds=3 if args.quick else 20)
@@ -202,19 +204,20 @@ def measure_cpu(report: Report, shards: list[str], tokenizer: Tokenizer, rounds:
 
 
 def measure_wall(report: Report, shards: list[str], tokenizer: Tokenizer, workers: int, rounds: int) -> None:
-    """Wall time a sample. Each pipeline runs alone, since workers read ahead while another one is timed."""
-    readings = {}
-    for name, start in pipelines(shards, tokenizer, workers).items():
-        batches = start()
-        for _ in range(6):  # past what is read ahead
-            next(batches)
-        readings[name] = []
-        # Several batches a reading: the workers' batches come in bursts.
-        for _ in range(rounds):
+    """Wall time a sample, the pipelines in turn: those that wait have read ahead what they may, and stand still."""
+    running = {name: start() for name, start in pipelines(shards, tokenizer, workers).items()}
+    readings: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, batches in running.items():
+            for _ in range(READ_AHEAD * max(workers, 2)):
+                next(batches)
+            # Several batches a reading: the workers' batches come in bursts.
             begun = time.perf_counter()
             for _ in range(2 * workers):
                 next(batches)
             readings[name].append((time.perf_counter() - begun) / (2 * workers))
+            time.sleep(REST_S)
+    for name, batches in running.items():
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
         else:
