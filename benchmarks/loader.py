@@ -39,7 +39,7 @@ from mmscale.data.tokenizer import Tokenizer, train_tokenizer
 SIZE = 224
 BATCH = 64
 CONTEXT = 76
-READ_AHEAD = 2  # batches of each worker, of ours three in all
+READ_AHEAD = 4  # batches: two of each DataLoader worker, where there are two; three of ours
 REST_S = 0.5  # in which what is read ahead is completed
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -209,7 +209,7 @@ def measure_wall(report: Report, shards: list[str], tokenizer: Tokenizer, worker
     readings: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, batches in running.items():
-            for _ in range(READ_AHEAD * max(workers, 2)):
+            for _ in range(READ_AHEAD):
                 next(batches)
             # Several batches a reading: the workers' batches come in bursts.
             begun = time.perf_counter()

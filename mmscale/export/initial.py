@@ -56,7 +56,6 @@ def _check_shapes(source: str, tensors: dict, model: MMScaleModel) -> None:
                 f"model.init_from: {source} holds {list(tensors[name].shape)} for `{name}`, "
                 f"this model {list(wanted.shape)}"
             )
-        if name in tensors or name.startswith(ADDED):
-            continue
-        if name not in ("text.tokens.weight", "decoder.head.weight"):
+        may_be_missing = name in ("text.tokens.weight", "decoder.head.weight") or name.startswith(ADDED)
+        if name not in tensors and not may_be_missing:
             raise UserError(f"model.init_from: {source} holds nothing for `{name}`")

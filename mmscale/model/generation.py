@@ -116,10 +116,9 @@ class CaptionGenerationMixin:
         length = input_ids.shape[1]
         positions = torch.arange(past, past + length, device=input_ids.device)
         mask = None
-        if attention_mask is not None:
+        if attention_mask is not None and not bool(attention_mask.all()):
             # Transformers lets a rank that has finished step on beside the others, and its mask grow without tokens.
             attention_mask = attention_mask[:, : past + length]
-        if attention_mask is not None and not bool(attention_mask.all()):
             # Left-padded prompts: positions count real tokens, and pads are seen by themselves only, for want of
             # anything else (a row of attention that sees nothing is not a number).
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
